@@ -1,0 +1,1 @@
+"""The shared vocabulary: ids, errors, sampling, configuration, models, and the public client."""

@@ -1,0 +1,205 @@
+"""The decode node's shell: the baton and commands in, steps on one engine thread, tokens out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc.aio
+import structlog
+from engine.block_pool import BlockPool
+from engine.runner import DecodeRow, Runner
+
+from baton.config import Config
+from baton.errors import BatonError, EngineFailed, LinkLost
+from baton.ids import Ticket
+from baton.legs import Legs
+from baton.node import Identity, run_node
+from baton.wire import sampling_from_proto
+from decode import scheduler as sched
+from decode.scheduler import DecodeScheduler, LegState
+from kvtransfer.incoming import Incoming
+from kvtransfer.layout import Layout
+from kvtransfer.link import LinkSettings
+from kvtransfer.wire import layout_to_proto
+from protos import common_pb2, kvtransfer_pb2_grpc, node_pb2, node_pb2_grpc, registry_pb2
+
+log = structlog.get_logger()
+
+
+class DecodeNode(node_pb2_grpc.DecodeServicer):
+    """Receives, asks the scheduler, performs. All state is touched on the event loop only."""
+
+    def __init__(self, config: Config, runner: Runner, layout: Layout) -> None:
+        self.identity = Identity(config, common_pb2.ROLE_DECODE)
+        self._config = config
+        self._runner = runner
+        self._layout = layout
+        self._pool = BlockPool(runner.cache.blocks)
+        self._scheduler = DecodeScheduler(
+            self._pool,
+            config.block_size,
+            config.max_running,
+            config.max_waiting,
+            runner.spec.eos_token_ids,
+        )
+        settings = LinkSettings(
+            self.identity.node_id,
+            self.identity.epoch,
+            layout,
+            config.block_size,
+            self.identity.link_host,
+            config,
+        )
+        self._incoming = Incoming(settings, runner.cache, self._committed, self._hand_off_ended)
+        self._legs = Legs(self._start, self._cancel)
+        self._counters: Counter[str] = Counter()
+        self._loop = asyncio.get_running_loop()
+        self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._work = asyncio.Event()
+        self._computing = asyncio.create_task(self._compute())
+
+    # --- what the shell around the node asks for ---
+
+    def add_services(self, server: grpc.aio.Server) -> list[str]:
+        node_pb2_grpc.add_DecodeServicer_to_server(self, server)
+        kvtransfer_pb2_grpc.add_KvTransferServicer_to_server(self._incoming, server)
+        return ["baton.v1.Decode", "baton.v1.KvTransfer"]
+
+    def info(self) -> registry_pb2.NodeInfo:
+        return registry_pb2.NodeInfo(
+            node_id=self.identity.node_id,
+            role=self.identity.role,
+            epoch=self.identity.epoch,
+            layout=layout_to_proto(self._layout, self._config.block_size),
+            blocks_total=self._pool.total,
+            max_running=self._config.max_running,
+        )
+
+    def status(self) -> node_pb2.NodeStatus:
+        return node_pb2.NodeStatus(
+            node_id=self.identity.node_id,
+            role=self.identity.role,
+            epoch=self.identity.epoch,
+            blocks_total=self._pool.total,
+            blocks_free=self._pool.free,
+            requests_waiting=self._scheduler.count(LegState.WAITING),
+            requests_running=self._scheduler.count(LegState.RECEIVING, LegState.RUNNING),
+            transfers_in_flight=self._incoming.in_flight,
+            links_open=self._incoming.links_open,
+            router_streams=self._legs.streams_open,
+            counters=self._counters,
+        )
+
+    def tick(self, now: float) -> None:
+        self._perform(self._scheduler.tick(now))
+        self._incoming.tick(now)
+
+    def cancel_all(self, error: BatonError) -> None:
+        for ticket in self._scheduler.tickets():
+            self._cancel(ticket, error)
+
+    @property
+    def idle(self) -> asyncio.Event:
+        return self._legs.idle
+
+    async def warm_up(self) -> None:
+        """One real step, so that the first request does not pay for what is made lazily."""
+        await self._loop.run_in_executor(self._engine, self._runner.warm_up)
+
+    async def close(self) -> None:
+        await self._incoming.close()
+        self._computing.cancel()
+        await self._loop.run_in_executor(None, self._engine.shutdown)
+
+    # --- the router's stream and the hand-off ---
+
+    async def Run(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
+        await self._legs.serve(context)
+
+    def _start(self, ticket: Ticket, command: node_pb2.DecodeStart) -> None:
+        sampling, stop = sampling_from_proto(command.sampling)
+        deadline = self._loop.time() + command.deadline_s
+        self._counters["requests"] += 1
+        self._perform(
+            self._scheduler.handle(
+                sched.Arrive(ticket, command.prompt_tokens, sampling, stop, deadline)
+            )
+        )
+
+    def _cancel(self, ticket: Ticket, error: BatonError) -> None:
+        self._perform(self._scheduler.handle(sched.Cancel(ticket, error)))
+
+    def _committed(self, ticket: Ticket, first_token_id: int) -> None:
+        self._counters["transfers_committed"] += 1
+        self._perform(self._scheduler.handle(sched.Committed(ticket, first_token_id)))
+
+    def _hand_off_ended(self, ticket: Ticket, error: BatonError | None) -> None:
+        self._counters["transfers_failed"] += 1
+        reason = error or LinkLost("the hand-off ended")
+        self._perform(self._scheduler.handle(sched.HandOffEnded(ticket, reason)))
+
+    # --- performing ---
+
+    def _perform(self, actions: list[sched.Action]) -> None:
+        for action in actions:
+            ticket = action.ticket
+            match action:
+                case sched.Reserve(_, prompt_tokens, block_table, deadline):
+                    self._incoming.reserve(ticket, prompt_tokens, block_table, deadline)
+                case sched.CancelHandOff(error=error):
+                    self._incoming.cancel(ticket, error)
+                case sched.Transferred(prompt_tokens=prompt_tokens):
+                    kv_bytes = self._layout.prompt_bytes(prompt_tokens)
+                    self._counters["kv_bytes_received"] += kv_bytes
+                    self._legs.transferred(ticket, kv_bytes)
+                case sched.Token(index=index, token_id=token_id):
+                    self._counters["tokens"] += 1
+                    self._legs.token(ticket, index, token_id)
+                case sched.Finish(reason=reason):
+                    self._legs.finished(ticket, reason)
+                case sched.Fail(error=error):
+                    log.warning("leg failed", request_id=ticket.request_id, why=error.message)
+                    self._legs.failed(ticket, error)
+                case sched.Released():
+                    self._legs.released(ticket)
+        self._work.set()
+
+    async def _compute(self) -> None:
+        """Run one step after another while any sequence is running."""
+        while True:
+            rows = self._scheduler.next_step()
+            if not rows:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            event: sched.Event
+            try:
+                token_ids = await self._loop.run_in_executor(self._engine, self._run, rows)
+                chosen = zip(rows, token_ids, strict=True)
+                event = sched.StepDone({row.ticket: token_id for row, token_id in chosen})
+            except Exception as error:
+                log.exception("step failed", rows=len(rows))
+                event = sched.StepFailed(EngineFailed(f"the step failed: {error}"))
+            self._counters["steps"] += 1
+            self._perform(self._scheduler.handle(event))
+
+    def _run(self, rows: list[sched.Row]) -> list[int]:
+        """On the engine's thread."""
+        return self._runner.decode(
+            [DecodeRow(row.token_id, row.position, row.block_table, row.sampling) for row in rows]
+        )
+
+
+async def serve(
+    config: Config,
+    runner: Runner,
+    layout: Layout,
+    announce: Callable[[str], None],
+    stop: asyncio.Event,
+) -> None:
+    """Run a decode node over a loaded model until `stop` is set."""
+    node = DecodeNode(config, runner, layout)
+    await run_node(config, node, node.warm_up, announce, stop)

@@ -1,0 +1,1 @@
+"""The command line and the launchers: the same node entry points, started everywhere."""

@@ -1,0 +1,1 @@
+"""The wire: `.proto` files and the stubs generated from them (`make protos`)."""
