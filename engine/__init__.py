@@ -1,0 +1,1 @@
+"""What computes: the model over a paged KV cache, the sampler, and the step interface to them."""

@@ -1,0 +1,79 @@
+"""The tensor operations of a Llama layer, as torch computes them: the reference on every device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension, computed in float32 (Zhang, Sennrich 2019)."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def rotary_table(
+    head_dim: int, positions: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for positions 0, 1, …: each float32 [positions, head_dim] (Su et al. 2021).
+
+    The two halves of a head rotate together, so each angle stands twice.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / theta**exponents  # [head_dim / 2]
+    angles = torch.arange(positions).float()[:, None] * frequencies[None, :]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotate [tokens, heads, head_dim] by [tokens, head_dim] cosines and sines."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cosines[:, None, :].to(x.dtype) + turned * sines[:, None, :].to(x.dtype)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SiLU of the first half of the last dimension, times the second half."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def prefill_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal attention of one sequence's chunk over all of its tokens so far.
+
+    queries [tokens, query_heads, head_dim]; keys and values [context, kv_heads, head_dim], the
+    chunk's own tokens last; mask bool [tokens, context], or None where the chunk is all there is.
+    Returns [tokens, query_heads * head_dim].
+    """
+    out = F.scaled_dot_product_attention(
+        queries.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
+    return out[0].transpose(0, 1).reshape(queries.shape[0], -1)
+
+
+def decode_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one new token of each sequence over that sequence's context.
+
+    queries [rows, query_heads, head_dim]; keys and values [rows, context, kv_heads, head_dim],
+    padded; mask bool [rows, 1, 1, context], False on padding. Returns [rows, query_heads *
+    head_dim].
+    """
+    rows, query_heads, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    # The query heads that share a KV head become its rows, so that each key is read once for them.
+    grouped = queries.view(rows, kv_heads, query_heads // kv_heads, head_dim)
+    out = F.scaled_dot_product_attention(
+        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
+    )
+    return out.reshape(rows, query_heads * head_dim)

@@ -1,0 +1,100 @@
+"""The step interface: a scheduler's plan in, tokens out. One runner, one thread at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baton.errors import ConfigError
+from baton.model.spec import ModelSpec
+from baton.sampling import SamplingParams
+from engine.kv_cache import PagedKvCache, blocks_that_fit
+from engine.model import Llama
+from engine.sampler import choose
+from engine.weights import load_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """The next tokens of one prompt; `sample` is set on the last chunk, which gives a token."""
+
+    token_ids: tuple[int, ...]
+    start: int
+    block_table: tuple[int, ...]
+    sample: SamplingParams | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """Feed `token_id` at `position` of a sequence; choose the token at `position + 1`."""
+
+    token_id: int
+    position: int
+    block_table: tuple[int, ...]
+    sampling: SamplingParams
+
+
+class Runner:
+    """A loaded model over its cache."""
+
+    def __init__(self, spec: ModelSpec, model: Llama, cache: PagedKvCache) -> None:
+        self.spec = spec
+        self.cache = cache
+        self._model = model
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        spec: ModelSpec,
+        dtype: str,
+        device: str,
+        block_size: int,
+        kv_memory_bytes: int,
+    ) -> Runner:
+        """Load a model's weights and give it a cache. Raises `ConfigError`, `UnsupportedModel`."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda, but torch finds no GPU here; use --device cpu")
+        kind, place = DTYPES[dtype], torch.device(device)
+        blocks = blocks_that_fit(spec, kind, block_size, kv_memory_bytes)
+        weights = load_weights(folder, spec, kind, place)
+        cache = PagedKvCache(spec, blocks, block_size, kind, place)
+        return cls(spec, Llama(spec, weights, cache), cache)
+
+    @torch.inference_mode()
+    def prefill(
+        self, chunk: PrefillChunk, on_layer: Callable[[int], None] | None = None
+    ) -> int | None:
+        """Compute a chunk; the token after the prompt if the chunk asks for it.
+
+        `on_layer(layer)` is called, on this thread, when the chunk's KV of a layer is in the cache.
+        """
+        logits = self._model.prefill(chunk.token_ids, chunk.start, chunk.block_table, on_layer)
+        if chunk.sample is None:
+            return None
+        position = chunk.start + len(chunk.token_ids)
+        return choose(logits[None], [chunk.sample], [position])[0]
+
+    @torch.inference_mode()
+    def decode(self, rows: Sequence[DecodeRow]) -> list[int]:
+        """One step of every row: the next token of each, in order."""
+        logits = self._model.decode(
+            [row.token_id for row in rows],
+            [row.position for row in rows],
+            [row.block_table for row in rows],
+        )
+        next_positions = [row.position + 1 for row in rows]
+        return choose(logits, [row.sampling for row in rows], next_positions)
+
+    def warm_up(self) -> None:
+        """One small real prefill and decode step, on blocks that nobody owns yet."""
+        greedy = SamplingParams()
+        token_id = self.prefill(PrefillChunk((0,), 0, (0,), greedy))
+        assert token_id is not None
+        if self.cache.block_size > 1:
+            self.decode([DecodeRow(token_id, 1, (0,), greedy)])
