@@ -109,11 +109,13 @@ class Config(BaseModel):
         if not self.token_file:
             return None
         try:
-            token = Path(self.token_file).read_text().strip()
-        except OSError as error:
+            token = Path(self.token_file).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"token_file cannot be read: {error}") from error
         if len(token) < 16:
             raise ConfigError("token_file holds fewer than 16 characters; write a longer token")
+        if not (token.isascii() and token.isprintable()):  # all that gRPC metadata can carry
+            raise ConfigError("token_file must hold one line of printable ASCII")
         return token
 
 
@@ -122,7 +124,7 @@ def option_names(kind: NodeKind) -> list[str]:
     return [
         name
         for name, field in Config.model_fields.items()
-        if kind in field.json_schema_extra["kinds"]  # type: ignore[index, operator, call-overload]
+        if kind in field.json_schema_extra["kinds"]  # type: ignore[index, operator]
     ]
 
 
@@ -152,8 +154,8 @@ def load_config(
 
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(file).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
     if content is None:
         return {}

@@ -31,14 +31,14 @@ class _Stream:
     def __init__(self) -> None:
         self.events: list[node_pb2.LegEvent] = []
         self.ready = asyncio.Event()
-        self.overflowed = False
+        self.overflowed = asyncio.Event()
 
     def put(self, event: node_pb2.LegEvent) -> None:
         if len(self.events) >= MAX_EVENTS_WAITING:
-            self.overflowed = True
+            self.overflowed.set()
         else:
             self.events.append(event)
-        self.ready.set()
+            self.ready.set()
 
 
 @dataclass(slots=True)
@@ -77,9 +77,16 @@ class Legs:
         tasks = [
             asyncio.create_task(self._read(stream, context)),
             asyncio.create_task(self._write(stream, context)),
+            # On its own: a router that does not read leaves the write waiting for ever.
+            asyncio.create_task(stream.overflowed.wait()),
         ]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not task.cancelled() and task.exception() is not None:
+                    log.error("the router's stream broke", exc_info=task.exception())
+            if stream.overflowed.is_set():
+                log.error("the router does not read its events; its stream is ended")
         finally:
             for task in tasks:
                 task.cancel()
@@ -104,12 +111,11 @@ class Legs:
                 self._start(ticket, body)
 
     async def _write(self, stream: _Stream, context: grpc.aio.ServicerContext) -> None:
-        while not stream.overflowed:
+        while True:
             await stream.ready.wait()
             stream.ready.clear()
             events, stream.events = stream.events, []
             await context.write(node_pb2.LegEvents(events=events))
-        log.error("the router does not read its events; its stream is ended")
 
     def started(self, ticket: Ticket) -> None:
         self._report(ticket, started=node_pb2.Started())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from baton.ids import Ticket
+from baton.kv_layout import Layout
 from baton.sampling import FinishReason, SamplingParams, StopParams
 from protos import common_pb2, node_pb2
 
@@ -54,3 +55,24 @@ def sampling_from_proto(message: node_pb2.ResolvedSampling) -> tuple[SamplingPar
         message.temperature, message.top_k, message.top_p, message.min_p, message.seed
     )
     return sampling, StopParams(message.max_tokens, message.ignore_eos)
+
+
+def layout_to_proto(layout: Layout, block_size: int) -> common_pb2.KvLayout:
+    return common_pb2.KvLayout(
+        model_fingerprint=layout.model_fingerprint,
+        dtype=layout.dtype,
+        layers=layout.layers,
+        kv_heads=layout.kv_heads,
+        head_dim=layout.head_dim,
+        block_size=block_size,
+    )
+
+
+def layout_from_proto(message: common_pb2.KvLayout) -> Layout:
+    return Layout(
+        message.model_fingerprint,
+        message.dtype,
+        message.layers,
+        message.kv_heads,
+        message.head_dim,
+    )

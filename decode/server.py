@@ -9,21 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc.aio
 import structlog
-from engine.block_pool import BlockPool
-from engine.runner import DecodeRow, Runner
 
 from baton.config import Config
 from baton.errors import BatonError, EngineFailed, LinkLost
 from baton.ids import Ticket
+from baton.kv_layout import Layout
 from baton.legs import Legs
 from baton.node import Identity, run_node
-from baton.wire import sampling_from_proto
+from baton.wire import layout_to_proto, sampling_from_proto
 from decode import scheduler as sched
 from decode.scheduler import DecodeScheduler, LegState
+from engine.block_pool import BlockPool
+from engine.runner import DecodeRow, Runner
 from kvtransfer.incoming import Incoming
-from kvtransfer.layout import Layout
 from kvtransfer.link import LinkSettings
-from kvtransfer.wire import layout_to_proto
 from protos import common_pb2, kvtransfer_pb2_grpc, node_pb2, node_pb2_grpc, registry_pb2
 
 log = structlog.get_logger()

@@ -47,7 +47,7 @@ class Llama:
         """
         stop = start + len(token_ids)
         positions = torch.arange(start, stop, device=self._cache.device)
-        context = self._cache.slots(block_table, 0, stop)
+        context = self._cache.slots_of(block_table, 0, stop)
         mask = None
         if start:
             mask = torch.arange(stop, device=self._cache.device)[None, :] <= positions[:, None]
@@ -66,30 +66,36 @@ class Llama:
         block_tables: Sequence[Sequence[int]],
     ) -> torch.Tensor:
         """Feed one token of each sequence at its position; return float32 logits [rows, vocab]."""
-        size = self._cache.block_size
-        lengths = torch.tensor(positions) + 1
-        used = [-(-(position + 1) // size) for position in positions]
-        # Padding points at block 0: some number that the mask hides. [rows, blocks of the longest]
-        tables = torch.zeros((len(positions), max(used)), dtype=torch.int64)
-        for row, (table, count) in enumerate(zip(block_tables, used, strict=True)):
-            tables[row, :count] = torch.tensor(table[:count])
-        context = (tables[:, :, None] * size + torch.arange(size)).flatten(1)
-        context = context[:, : int(lengths.max())]
-        mask = torch.arange(context.shape[1])[None, :] < lengths[:, None]
-        slots = context.gather(1, (lengths - 1)[:, None])[:, 0]
         device = self._cache.device
-        context, mask, slots = (
-            context.to(device),
-            mask[:, None, None, :].to(device),
-            slots.to(device),
-        )
+        places = torch.tensor(positions)  # [rows]
+        context, mask = self._padded_context(places, block_tables)
+        slots = context[:, -1].to(device)  # where the padding repeats, and so each row's own place
+        context, mask = context.to(device), mask[:, None, None, :].to(device)
 
         def attend(layer: int, queries: torch.Tensor) -> torch.Tensor:
             keys, values = self._cache.read(layer, context)
             return decode_attention(queries, keys, values, mask)
 
-        hidden = self._layers(token_ids, (lengths - 1).to(device), slots, attend, None)
+        hidden = self._layers(token_ids, places.to(device), slots, attend, None)
         return self._logits(hidden)
+
+    def _padded_context(
+        self, places: torch.Tensor, block_tables: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of each row's tokens up to its place, and which are no padding.
+
+        Takes int64 [rows], returns int64 and bool [rows, longest]. Padding repeats the row's last
+        slot: what lies in a block of another owner, or none, must not be read even under a mask.
+        """
+        size = self._cache.block_size
+        tokens = torch.arange(int(places.max()) + 1)
+        own = torch.minimum(tokens, places[:, None])  # [rows, longest]
+        tables = torch.zeros((len(places), len(tokens) // size + 1), dtype=torch.int64)
+        for row, (table, place) in enumerate(zip(block_tables, places.tolist(), strict=True)):
+            used = table[: place // size + 1]
+            tables[row, : len(used)] = torch.tensor(used)
+        slots = tables.gather(1, own // size) * size + own % size
+        return slots, tokens <= places[:, None]
 
     def _layers(
         self,
@@ -100,7 +106,8 @@ class Llama:
         on_layer: Callable[[int], None] | None,
     ) -> torch.Tensor:
         """Run every layer over [tokens]; write their KV to `slots`; return [tokens, hidden]."""
-        cosines, sines = self._cosines[positions], self._sines[positions]
+        cosines = self._cosines[positions].to(self._cache.dtype)
+        sines = self._sines[positions].to(self._cache.dtype)  # each [tokens, head_dim]
         ids = torch.tensor(token_ids, device=self._cache.device)
         hidden = F.embedding(ids, self._weights.embedding)
         for number, layer in enumerate(self._weights.layers):

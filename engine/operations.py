@@ -28,10 +28,10 @@ def rotary_table(
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotate [tokens, heads, head_dim] by [tokens, head_dim] cosines and sines."""
+    """Rotate [tokens, heads, head_dim] by [tokens, head_dim] cosines and sines of its dtype."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return x * cosines[:, None, :].to(x.dtype) + turned * sines[:, None, :].to(x.dtype)
+    return x * cosines[:, None, :] + turned * sines[:, None, :]
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

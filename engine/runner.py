@@ -11,10 +11,11 @@ import torch
 from baton.errors import ConfigError
 from baton.model.spec import ModelSpec
 from baton.sampling import SamplingParams
+from engine.block_pool import blocks_for
 from engine.kv_cache import PagedKvCache, blocks_that_fit
 from engine.model import Llama
 from engine.sampler import choose
-from engine.weights import load_weights
+from engine.weights import ModelWeights, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,12 +41,12 @@ class DecodeRow:
 
 
 class Runner:
-    """A loaded model over its cache."""
+    """A loaded model over its cache. Threads are the caller's: `torch.set_num_threads`."""
 
-    def __init__(self, spec: ModelSpec, model: Llama, cache: PagedKvCache) -> None:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: PagedKvCache) -> None:
         self.spec = spec
         self.cache = cache
-        self._model = model
+        self._model = Llama(spec, weights, cache)
 
     @classmethod
     def load(
@@ -64,7 +65,7 @@ class Runner:
         blocks = blocks_that_fit(spec, kind, block_size, kv_memory_bytes)
         weights = load_weights(folder, spec, kind, place)
         cache = PagedKvCache(spec, blocks, block_size, kind, place)
-        return cls(spec, Llama(spec, weights, cache), cache)
+        return cls(spec, weights, cache)
 
     @torch.inference_mode()
     def prefill(
@@ -83,6 +84,8 @@ class Runner:
     @torch.inference_mode()
     def decode(self, rows: Sequence[DecodeRow]) -> list[int]:
         """One step of every row: the next token of each, in order."""
+        if not rows:
+            return []
         logits = self._model.decode(
             [row.token_id for row in rows],
             [row.position for row in rows],
@@ -94,7 +97,8 @@ class Runner:
     def warm_up(self) -> None:
         """One small real prefill and decode step, on blocks that nobody owns yet."""
         greedy = SamplingParams()
-        token_id = self.prefill(PrefillChunk((0,), 0, (0,), greedy))
-        assert token_id is not None
-        if self.cache.block_size > 1:
-            self.decode([DecodeRow(token_id, 1, (0,), greedy)])
+        block_table = tuple(range(blocks_for(2, self.cache.block_size)))
+        token_id = self.prefill(PrefillChunk((0,), 0, block_table, greedy))
+        assert token_id is not None, "the last chunk gives a token"
+        if len(block_table) <= self.cache.blocks:
+            self.decode([DecodeRow(token_id, 1, block_table, greedy)])

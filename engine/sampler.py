@@ -38,7 +38,9 @@ def _sample(logits: torch.Tensor, params: SamplingParams, random: float) -> int:
 
 def _kept_probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """float64 [vocabulary]: probabilities after temperature, 0 where top-k, top-p or min-p drop."""
-    probabilities = (logits.double() / params.temperature).softmax(-1)
+    # The greatest logit first becomes 0: divided by a tiny temperature it would become infinite.
+    wide = logits.double()
+    probabilities = ((wide - wide.max()) / params.temperature).softmax(-1)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if 0 < params.top_k < len(probabilities):
         keep &= probabilities >= probabilities.topk(params.top_k).values[-1]

@@ -111,7 +111,7 @@ class _Reader:
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         file = self._file_of.get(name)
         if file is None:
-            raise UnsupportedModel(f"{self._folder} lacks the tensor {name}")
+            raise UnsupportedModel(f"{self._folder} lacks the tensor {name}, wanted as {shape}")
         tensor: torch.Tensor = file.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise UnsupportedModel(

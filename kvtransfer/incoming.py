@@ -16,19 +16,20 @@ from typing import Any
 import grpc.aio
 import structlog
 import torch
-from engine.kv_cache import PagedKvCache
 
 from baton.errors import BatonError, IncompatiblePeer, LinkLost, Overloaded
 from baton.ids import Ticket
+from baton.kv_layout import Layout, difference
 from baton.rpc import abort_with
-from baton.wire import ticket_from_proto, ticket_to_proto
+from baton.wire import layout_from_proto, ticket_from_proto, ticket_to_proto
+from engine.kv_cache import PagedKvCache
 from kvtransfer.checksum import head_checksums
-from kvtransfer.layout import MAX_UNIT_BYTES, Layout, Unit, difference
+from kvtransfer.layout import MAX_UNIT_BYTES, Unit
 from kvtransfer.link import RECEIVER_RANK, LinkSettings, LinkThread, PairLink, open_store
 from kvtransfer.manifest import read_manifest
 from kvtransfer.protocol import Receiver
 from kvtransfer.protocol import events as ev
-from kvtransfer.wire import PROTOCOL_VERSION, ended_error, layout_from_proto
+from kvtransfer.wire import PROTOCOL_VERSION, ended_error
 from protos import kvtransfer_pb2 as pb
 from protos import kvtransfer_pb2_grpc as pb_grpc
 

@@ -23,7 +23,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from baton.config import Config, join_address, split_address
 from baton.errors import LinkLost
-from kvtransfer.layout import Layout, pieces
+from baton.kv_layout import Layout
+from kvtransfer.layout import pieces
 
 SENDER_RANK: Final = 0
 RECEIVER_RANK: Final = 1

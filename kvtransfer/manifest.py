@@ -6,7 +6,8 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.errors import IncompatiblePeer
-from kvtransfer.layout import MAX_UNIT_BYTES, Layout, difference
+from baton.kv_layout import Layout, difference
+from kvtransfer.layout import MAX_UNIT_BYTES
 
 MAX_MANIFEST_BYTES = 16 << 10
 CHECKSUM = "xxh3_64"

@@ -13,19 +13,19 @@ from dataclasses import dataclass
 
 import grpc.aio
 import structlog
-from engine.kv_cache import PagedKvCache
 
 from baton.errors import BatonError, LinkLost, RemoteError
 from baton.ids import Ticket
 from baton.rpc import auth_metadata, error_from_rpc, open_channel
-from baton.wire import ticket_from_proto, ticket_to_proto
+from baton.wire import layout_to_proto, ticket_from_proto, ticket_to_proto
+from engine.kv_cache import PagedKvCache
 from kvtransfer.checksum import as_bytes, head_checksums
 from kvtransfer.layout import Unit
 from kvtransfer.link import SENDER_RANK, LinkSettings, LinkThread, PairLink
 from kvtransfer.manifest import make_manifest
 from kvtransfer.protocol import Sender
 from kvtransfer.protocol import events as ev
-from kvtransfer.wire import PROTOCOL_VERSION, ended_error, layout_to_proto
+from kvtransfer.wire import PROTOCOL_VERSION, ended_error
 from protos import kvtransfer_pb2 as pb
 from protos import kvtransfer_pb2_grpc as pb_grpc
 

@@ -17,11 +17,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from engine.block_pool import BlockPool, blocks_for
-
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Overloaded
 from baton.ids import Ticket
 from baton.sampling import FinishReason, StopParams
+from engine.block_pool import BlockPool, blocks_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ class PrefillScheduler:
             case Cancel(ticket, error):
                 actions = self._end(ticket, leg, error)
             case StepFailed(ticket, error):
-                actions = [Fail(ticket, error), *self._end(ticket, leg, error)]
+                actions = self._step_failed(ticket, leg, error)
             case ChunkDone(ticket, token_id):
                 actions = self._chunk_done(ticket, leg, token_id)
             case HandOffEnded(ticket, error):
@@ -272,6 +271,11 @@ class PrefillScheduler:
             finish = Finish(ticket, FinishReason.LENGTH)
             return [Token(ticket, token_id), finish, *self._end(ticket, leg, ended)]
         return [Token(ticket, token_id), EndHandOff(ticket, token_id)]
+
+    def _step_failed(self, ticket: Ticket, leg: _Leg, error: BatonError) -> list[Action]:
+        if leg.state is LegState.ENDING:  # the router knows already why it ends
+            return self._release_if_idle(ticket, leg)
+        return [Fail(ticket, error), *self._end(ticket, leg, error)]
 
     def _hand_off_ended(self, ticket: Ticket, leg: _Leg, error: BatonError | None) -> list[Action]:
         leg.handing_off = False

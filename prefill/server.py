@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 import grpc.aio
 import structlog
-from engine.block_pool import BlockPool
-from engine.runner import PrefillChunk, Runner
 
 from baton.config import Config
 from baton.errors import BatonError, EngineFailed
 from baton.ids import Ticket
+from baton.kv_layout import Layout
 from baton.legs import Legs
 from baton.node import Identity, run_node
 from baton.sampling import SamplingParams
-from baton.wire import sampling_from_proto
-from kvtransfer.layout import Layout, Unit
+from baton.wire import layout_to_proto, sampling_from_proto
+from engine.block_pool import BlockPool
+from engine.runner import PrefillChunk, Runner
+from kvtransfer.layout import Unit
 from kvtransfer.link import LinkSettings
 from kvtransfer.outgoing import Outgoing
-from kvtransfer.wire import layout_to_proto
 from prefill import scheduler as sched
 from prefill.scheduler import LegState, PrefillScheduler
 from protos import common_pb2, node_pb2, node_pb2_grpc, registry_pb2
