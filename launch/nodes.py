@@ -18,9 +18,8 @@ from baton.config import Config, NodeKind
 from baton.log import configure_logging
 
 if TYPE_CHECKING:
+    from baton.kv_layout import Layout
     from engine.runner import Runner
-
-    from kvtransfer.layout import Layout
 
 log = structlog.get_logger()
 
@@ -60,11 +59,11 @@ def _load(config: Config) -> tuple[Runner, Layout]:
     # Idle OpenMP threads must sleep, not spin: nodes of one machine share its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
-    from engine.runner import Runner
 
+    from baton.kv_layout import Layout
     from baton.model.catalog import locate
     from baton.model.spec import load_spec
-    from kvtransfer.layout import Layout
+    from engine.runner import Runner
 
     torch.set_num_threads(config.threads)
     folder = locate(config.model, lambda line: log.info("model", progress=line))

@@ -1,7 +1,7 @@
 """Generate the Python stubs beside the `.proto` files, or check that they are up to date.
 
-    python -m protos.generate           writes the stubs
-    python -m protos.generate --check   exits with 1 when a committed stub differs
+python -m protos.generate           writes the stubs
+python -m protos.generate --check   exits with 1 when a committed stub differs
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ class ReceiverWithoutFence(Receiver):
 
 
 class ReceiverThatTrustsChecksums(Receiver):
-    def _take_unit(self, ticket: Ticket, record: object, event: ev.ReceiverEvent) -> list[ev.Action]:
+    def _take_unit(
+        self, ticket: Ticket, record: object, event: ev.ReceiverEvent
+    ) -> list[ev.Action]:
         assert isinstance(event, ev.UnitArrived)
         return super()._take_unit(ticket, record, ev.UnitArrived(ticket, event.unit, True))  # type: ignore[arg-type]
 
@@ -72,7 +74,7 @@ class SenderWithoutDeadline(Sender):
     ids=["fence before free", "checksums", "commit once", "deadline"],
 )
 def test_removing_a_guard_is_found(world: World) -> None:
-    with pytest.raises(Broken, match="P[1457]"):
+    with pytest.raises(Broken, match=r"P[1457]"):
         explore(world)
 
 
