@@ -234,11 +234,10 @@ class Incoming(pb_grpc.KvTransferServicer):
                     fenced = pb.Fenced(ticket=proto, code=error.code, message=error.message)
                     self._send(ticket, pb.ReceiverMessage(fenced=fenced))
                 case ev.Commit(first_token_id=first_token_id):
-                    del self.writable[ticket]
                     self._send(ticket, pb.ReceiverMessage(committed=pb.Committed(ticket=proto)))
                     self._committed(ticket, first_token_id)
                 case ev.FenceLink():
-                    del self.writable[ticket]
+                    self.writable.pop(ticket, None)
                     self._link_of[ticket].queue(_ConfirmFence(ticket))
                 case ev.Release(error=error):
                     self.writable.pop(ticket, None)
@@ -324,6 +323,7 @@ class _IncomingLink:
                 intact = self._receive_unit(link, ticket, unit, checksums)
                 event = ev.UnitArrived(ticket, unit, intact)
             case _ReachDone(ticket, first_token_id):
+                self._owner.writable.pop(ticket, None)  # a unit after the end is not written
                 event = ev.DoneReached(ticket, first_token_id)
             case _ConfirmFence(ticket):
                 event = ev.LinkFenced(ticket)

@@ -52,6 +52,9 @@ class Coverage:
         self._next[unit.layer] = unit.stop
         return True
 
+    def __repr__(self) -> str:
+        return f"Coverage({self._next} of {self._tokens})"
+
     @property
     def complete(self) -> bool:
         return all(done == self._tokens for done in self._next)

@@ -2,15 +2,17 @@
 
 The world is the smallest that can go wrong: one ticket, two layers in one chunk, an ordered control
 stream either way (gRPC keeps order until it breaks), and a thread on either side that performs its
-items whenever it likes. Faults, each at most once and at any moment: either side cancels, a unit is
-damaged, the link breaks. The explorer walks every reachable state and checks the promises in each.
+items whenever it likes, in two steps: it looks whether it may, and then it does. Faults, each at
+most once and at any moment: either side cancels, a unit is damaged, the link breaks, or falls
+silent without a word, a leg of the router never comes. The explorer walks every reachable state and
+checks the promises in each.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.errors import Cancelled, LinkLost
 from baton.ids import Ticket
@@ -20,6 +22,17 @@ from kvtransfer.protocol import events as ev
 
 TICKET = Ticket("request", 1, 11, 22)
 LAYERS, TOKENS = 2, 4
+FAULTS = frozenset(
+    {
+        "sender cancels",
+        "receiver cancels",
+        "damage",
+        "break",
+        "silence",
+        "no prefill leg",
+        "no decode leg",
+    }
+)
 UNITS = [Unit(layer, 0, TOKENS) for layer in range(LAYERS)]
 FIRST_TOKEN = 7
 DEADLINE = 100.0
@@ -38,20 +51,25 @@ def promise(holds: bool, name: str) -> None:
 class World:
     """One state of everything. `faults` names what may still go wrong."""
 
-    faults: frozenset[str] = frozenset({"sender cancels", "receiver cancels", "damage", "break"})
+    faults: frozenset[str] = FAULTS
     sender: Sender = field(default_factory=Sender)
     receiver: Receiver = field(default_factory=Receiver)
     to_receiver: list[object] = field(default_factory=list)
     to_sender: list[object] = field(default_factory=list)
     sender_items: list[object] = field(default_factory=list)
     receiver_items: list[object] = field(default_factory=list)
+    sender_in_hand: Unit | None = None
+    receiver_in_hand: tuple[Unit, bool, bool] | None = None  # unit, intact, may be written
     begun: bool = False
     reserved: bool = False
+    prefill_leg: bool = True  # False once the router's leg to this node is lost
+    decode_leg: bool = True
     computed: int = 0  # units, and then the first token
     sender_fenced: bool = False
     writable: bool = False
     damage_next: bool = False
     broken: bool = False
+    silent: bool = False
     sender_thread: bool = True
     receiver_thread: bool = True
     written: frozenset[Unit] = frozenset()
@@ -63,7 +81,22 @@ class World:
     def key(self) -> str:
         """Everything that decides what can happen next."""
         parts = {k: v for k, v in vars(self).items() if k not in ("trail", "sender", "receiver")}
-        return repr((parts, vars_of(self.sender), vars_of(self.receiver)))
+        return repr((parts, memory(self.sender), memory(self.receiver)))
+
+    def fork(self) -> World:
+        """A copy that can go another way."""
+        other = copy.copy(self)
+        for name in ("to_receiver", "to_sender", "sender_items", "receiver_items"):
+            setattr(other, name, list(getattr(self, name)))
+        other.sender = type(self.sender)()
+        other.receiver = type(self.receiver)()
+        for ticket, sending in self.sender._live.items():
+            other.sender._live[ticket] = replace(sending, waiting=list(sending.waiting))
+        for ticket, receiving in self.receiver._live.items():
+            coverage = copy.deepcopy(receiving.coverage)
+            other.receiver._live[ticket] = replace(receiving, coverage=coverage)
+        other.receiver._ended = self.receiver._ended.copy()
+        return other
 
     # --- what the shells do with actions ---
 
@@ -83,7 +116,6 @@ class World:
                 case ev.SendRefuse(error=error) | ev.SendFenced(error=error):
                     self.to_sender.append(ev.PeerEnded(TICKET, error))
                 case ev.Commit():
-                    self.writable = False
                     self.committed += 1
                     promise(self.written == frozenset(UNITS), "P4: committed before all was in")
                     self.to_sender.append(ev.Committed(TICKET))
@@ -110,19 +142,19 @@ class World:
     # --- what can happen next ---
 
     def moves(self) -> Iterator[tuple[str, Callable[[World], None]]]:
-        if not self.begun:
+        if self.prefill_leg and not self.begun:
             yield "the prompt begins", World.begin
-        if not self.reserved:
+        if self.decode_leg and not self.reserved:
             yield "the decode leg reserves", World.reserve
         if self.begun and self.computed <= len(UNITS) and self.sender_released == 0:
             yield "compute goes on", World.compute
-        if self.sender_items and self.sender_thread:
+        if self.sender_thread and (self.sender_items or self.sender_in_hand):
             yield "the sender's thread goes on", World.sender_thread_step
-        if self.receiver_items and self.receiver_thread:
+        if self.receiver_thread and (self.receiver_items or self.receiver_in_hand):
             yield "the receiver's thread goes on", World.receiver_thread_step
-        if self.to_receiver and not self.broken:
+        if self.to_receiver and not self.broken | self.silent:
             yield "a message reaches the receiver", World.deliver_to_receiver
-        if self.to_sender and not self.broken:
+        if self.to_sender and not self.broken | self.silent:
             yield "a message reaches the sender", World.deliver_to_sender
         if self.broken and self.sender_thread:
             yield "the sender's thread ends", World.end_sender_thread
@@ -137,6 +169,12 @@ class World:
                 yield fault, World.damage
             elif fault == "break" and self.begun:
                 yield fault, World.break_link
+            elif fault == "silence":
+                yield fault, World.fall_silent
+            elif fault == "no prefill leg" and not self.begun:
+                yield fault, World.lose_prefill_leg
+            elif fault == "no decode leg" and not self.reserved:
+                yield fault, World.lose_decode_leg
 
     def begin(self) -> None:
         self.begun = True
@@ -157,31 +195,41 @@ class World:
         self.perform_sender(self.sender.handle(event))
 
     def sender_thread_step(self) -> None:
+        if self.sender_in_hand is not None:
+            promise(self.sender_released == 0, "P5: the sender read blocks it had released")
+            self.to_receiver.append((self.sender_in_hand, not self.damage_next))
+            self.sender_in_hand, self.damage_next = None, False
+            return
         item = self.sender_items.pop(0)
         if item == "fence":
             self.perform_sender(self.sender.handle(ev.LinkFenced(TICKET)))
         elif item == "done":
             self.to_receiver.append("done")
         elif not self.sender_fenced:
-            promise(self.sender_released == 0, "P5: the sender read blocks it had released")
-            self.to_receiver.append((item, not self.damage_next))
-            self.damage_next = False
+            assert isinstance(item, Unit)
+            self.sender_in_hand = item
 
     def receiver_thread_step(self) -> None:
-        item = self.receiver_items.pop(0)
         event: ev.ReceiverEvent
-        if item == "fence":
-            event = ev.LinkFenced(TICKET)
-        elif item == "done":
-            event = ev.DoneReached(TICKET, FIRST_TOKEN)
-        else:
-            assert isinstance(item, tuple)
-            unit, intact = item
-            if intact and self.writable:
+        if self.receiver_in_hand is not None:
+            unit, intact, may_write = self.receiver_in_hand
+            self.receiver_in_hand = None
+            if intact and may_write:
                 promise(self.receiver_released == 0, "P7: the receiver wrote to released blocks")
                 promise(self.committed == 0, "P7: the receiver wrote to the sequence's blocks")
                 self.written |= {unit}
             event = ev.UnitArrived(TICKET, unit, intact)
+        else:
+            item = self.receiver_items.pop(0)
+            if item == "fence":
+                event = ev.LinkFenced(TICKET)
+            elif item == "done":
+                self.writable = False
+                event = ev.DoneReached(TICKET, FIRST_TOKEN)
+            else:
+                assert isinstance(item, tuple)
+                self.receiver_in_hand = (*item, self.writable)
+                return
         self.perform_receiver(self.receiver.handle(event))
 
     def deliver_to_receiver(self) -> None:
@@ -214,13 +262,25 @@ class World:
         self.to_receiver.clear()
         self.to_sender.clear()
 
+    def fall_silent(self) -> None:
+        self.faults -= {"silence"}
+        self.silent = True
+
+    def lose_prefill_leg(self) -> None:
+        self.faults -= {"no prefill leg"}
+        self.prefill_leg = False
+
+    def lose_decode_leg(self) -> None:
+        self.faults -= {"no decode leg"}
+        self.decode_leg = False
+
     def end_sender_thread(self) -> None:
-        self.sender_thread = False
+        self.sender_thread, self.sender_in_hand = False, None
         self.sender_items.clear()
         self.perform_sender(self.sender.handle(ev.LinkEnded(TICKET, LinkLost("broken"))))
 
     def end_receiver_thread(self) -> None:
-        self.receiver_thread = False
+        self.receiver_thread, self.receiver_in_hand = False, None
         self.receiver_items.clear()
         if self.receiver_has_link():
             self.perform_receiver(self.receiver.handle(ev.LinkEnded(TICKET, LinkLost("broken"))))
@@ -247,13 +307,14 @@ class World:
             if not quiet:
                 break
             quiet[0](self)
-        promise(self.sender_released == 1, "P1: the sender never released its blocks")
-        promise(self.receiver_released + self.committed == 1, "P1: the receiver never ended")
+        promise(self.sender_released == self.begun, "P1: the sender never released its blocks")
+        ended = self.receiver_released + self.committed
+        promise(ended == self.reserved, "P1: the receiver never ended")
         promise(len(self.sender) == len(self.receiver) == 0, "P5: a ticket is left over")
 
 
-def vars_of(machine: Sender | Receiver) -> str:
-    return repr((machine._live, getattr(machine, "_ended", None)))
+def memory(machine: Sender | Receiver) -> tuple[object, ...]:
+    return machine._live, getattr(machine, "_ended", None)
 
 
 def explore(start: World) -> tuple[int, set[str]]:
@@ -270,7 +331,7 @@ def explore(start: World) -> tuple[int, set[str]]:
             quiet = True
             for name, move in world.moves():
                 quiet = quiet and name in world.faults
-                after = copy.deepcopy(world)
+                after = world.fork()
                 after.trail += (name,)
                 try:
                     move(after)
@@ -282,7 +343,7 @@ def explore(start: World) -> tuple[int, set[str]]:
                     seen.add(key)
                     following.append(after)
             if quiet:
-                end = copy.deepcopy(world)
+                end = world.fork()
                 try:
                     end.check_end()
                 except AssertionError as error:
