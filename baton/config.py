@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from baton.errors import ConfigError
 
 ENV_PREFIX = "BATON_"
+DAY_S = 86_400.0
 NodeKind = Literal["router", "prefill", "decode"]
 _ALL: tuple[NodeKind, ...] = ("router", "prefill", "decode")
 _NODES: tuple[NodeKind, ...] = ("prefill", "decode")
@@ -65,17 +66,17 @@ class Config(BaseModel):
         256, "max_tokens of a request that names none", ("router",), ge=1
     )
     request_timeout_s: float = _option(
-        600.0, "deadline of a request whose client sets none, seconds", ("router",), gt=0
+        600.0, "deadline of a request whose client sets none, seconds", ("router",), gt=0, le=DAY_S
     )
     link_timeout_s: float = _option(
         5.0, "longest wait for a peer on a KV link, seconds", _NODES, gt=0, le=600
     )
     lease_s: float = _option(
-        5.0, "a node is gone when it was silent this long, seconds", ("router",), gt=0
+        5.0, "a node is gone when it was silent this long, seconds", ("router",), gt=0, le=3600
     )
-    heartbeat_s: float = _option(1.0, "time between heartbeats, seconds", _NODES, gt=0)
+    heartbeat_s: float = _option(1.0, "time between heartbeats, seconds", _NODES, gt=0, le=3600)
     drain_timeout_s: float = _option(
-        10.0, "longest wait for running requests at a stop, seconds", ge=0
+        10.0, "longest wait for running requests at a stop, seconds", ge=0, le=DAY_S
     )
     max_message_bytes: int = _option(
         4 << 20, "largest gRPC message or HTTP body, bytes", ge=64 << 10, le=64 << 20
@@ -106,17 +107,22 @@ class Config(BaseModel):
 
     def token(self) -> str | None:
         """The cluster's token, or None where there is none. Raises `ConfigError`."""
-        if not self.token_file:
-            return None
-        try:
-            token = Path(self.token_file).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"token_file cannot be read: {error}") from error
-        if len(token) < 16:
-            raise ConfigError("token_file holds fewer than 16 characters; write a longer token")
-        if not (token.isascii() and token.isprintable()):  # all that gRPC metadata can carry
-            raise ConfigError("token_file must hold one line of printable ASCII")
-        return token
+        return read_token(self.token_file)
+
+
+def read_token(file: str) -> str | None:
+    """The token in `file`, or None where no file is named. Raises `ConfigError`."""
+    if not file:
+        return None
+    try:
+        token = Path(file).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"token_file cannot be read: {error}") from error
+    if len(token) < 16:
+        raise ConfigError("token_file holds fewer than 16 characters; write a longer token")
+    if not (token.isascii() and token.isprintable()):  # all that gRPC metadata can carry
+        raise ConfigError("token_file must hold one line of printable ASCII")
+    return token
 
 
 def option_names(kind: NodeKind) -> list[str]:

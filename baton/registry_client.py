@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 
 import grpc.aio
@@ -84,6 +85,7 @@ class Membership:
                 request, metadata=self._metadata, timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as failure:
-            log.warning("heartbeat lost", why=error_from_rpc(failure).message)
+            level = logging.INFO if draining else logging.WARNING  # a router may stop before us
+            log.log(level, "heartbeat lost", why=error_from_rpc(failure).message)
             return True
         return bool(answer.known)

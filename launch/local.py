@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc.aio
@@ -77,22 +77,26 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def local_cluster(plan: ClusterPlan) -> AsyncIterator[Cluster]:
+async def local_cluster(
+    plan: ClusterPlan, progress: Callable[[str], None]
+) -> AsyncIterator[Cluster]:
     """Start a cluster, yield it once it can serve, and leave no process behind.
 
-    Raises `NoCapacity` with the last lines of the child that failed when it cannot come up.
+    `progress` gets a line for each step of the start. Raises `NoCapacity`, with the last lines of
+    the child that failed, when the cluster cannot come up.
     """
     children: list[Child] = []
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
             router = await _start(plan, "router", "router", _router_flags(plan))
             children.append(router)
-            addresses = await _until_ready(router)
+            addresses = await _until_ready(router, progress)
             for role, count in (("prefill", plan.prefill), ("decode", plan.decode)):
                 for number in range(count):
                     flags = _node_flags(plan, addresses["grpc"])
                     children.append(await _start(plan, role, f"{role}-{number}", flags))
-            await asyncio.gather(*(_until_ready(child) for child in children))
+            progress(f"{plan.prefill} prefill and {plan.decode} decode node(s) load {plan.model}")
+            await asyncio.gather(*(_until_ready(child, progress) for child in children[1:]))
             await _until_serving(addresses["grpc"])
         yield Cluster(addresses["grpc"], addresses["http"], children)
     except TimeoutError as error:
@@ -167,8 +171,10 @@ async def _relay_stderr(child: Child) -> None:
         print(f"[{child.name}] {text}", file=sys.stderr, flush=True)
 
 
-async def _until_ready(child: Child) -> dict[str, str]:
-    return await asyncio.shield(child.ready)
+async def _until_ready(child: Child, progress: Callable[[str], None]) -> dict[str, str]:
+    addresses = await asyncio.shield(child.ready)
+    progress(f"{child.name} is ready at {addresses['grpc']}")
+    return addresses
 
 
 async def _until_serving(address: str) -> None:

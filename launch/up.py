@@ -37,7 +37,7 @@ async def _up(plan: ClusterPlan) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted.set)
     signalled = asyncio.create_task(interrupted.wait())
-    serving = asyncio.create_task(_serve(plan, interrupted))
+    serving = asyncio.create_task(_serve(plan))
     await asyncio.wait({signalled, serving}, return_when=asyncio.FIRST_COMPLETED)
     signalled.cancel()
     if interrupted.is_set() and not serving.done():
@@ -49,10 +49,9 @@ async def _up(plan: ClusterPlan) -> int:
     return await serving
 
 
-async def _serve(plan: ClusterPlan, interrupted: asyncio.Event) -> int:
+async def _serve(plan: ClusterPlan) -> int:
     begun = time.monotonic()
-    _progress(f"starting a router, {plan.prefill} prefill and {plan.decode} decode node(s)")
-    async with local_cluster(plan) as cluster:
+    async with local_cluster(plan, _progress) as cluster:
         _progress(f"up after {time.monotonic() - begun:.1f} s; Ctrl-C stops")
         print(f"ready grpc={cluster.grpc_address} http={cluster.http_address}", flush=True)
         await cluster.wait_router()
