@@ -1,34 +1,14 @@
-"""The tiny model's folder, and the default model loaded once."""
+"""The tiny model's folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from baton.model import load_spec, locate
-from engine.runner import Runner
 from tests.engine.tiny import tiny_weights, write_folder
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("models") / "tiny-llama", tiny_weights())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One compute thread, as a node has by default."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def default_runner() -> Runner:
-    """The default model in float32; the first run on a machine fetches it."""
-    folder = locate("smollm2-135m-instruct", lambda _: None)
-    return Runner.load(folder, load_spec(folder), "float32", "cpu", 16, 192 << 20)
