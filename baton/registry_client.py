@@ -31,6 +31,7 @@ class Membership:
         self._channel = open_channel(config.router, config.max_message_bytes)
         self._registry = registry_pb2_grpc.RegistryStub(self._channel)
         self._metadata = auth_metadata(config.token())
+        self._missed = 0  # heartbeats in a row
 
     async def hold_until(self, stop: asyncio.Event, joined: Callable[[], None]) -> None:
         """Hold the lease until `stop` is set; call `joined` each time the router takes us in.
@@ -85,7 +86,11 @@ class Membership:
                 request, metadata=self._metadata, timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as failure:
-            level = logging.INFO if draining else logging.WARNING  # a router may stop before us
-            log.log(level, "heartbeat lost", why=error_from_rpc(failure).message)
+            self._missed += 1
+            # One says little: a router that stops first is gone for a moment before we are told.
+            level = logging.WARNING if self._missed > 1 and not draining else logging.INFO
+            why = error_from_rpc(failure).message
+            log.log(level, "heartbeat lost", missed=self._missed, why=why)
             return True
+        self._missed = 0
         return bool(answer.known)

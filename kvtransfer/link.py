@@ -128,7 +128,8 @@ class _Stop(Enum):
 class LinkThread(Generic[Item]):
     """The one thread that posts on a link: connects, then performs items in order until it ends.
 
-    `ended` is called exactly once, from the thread, as its last act, with the error or None.
+    `ended` is called exactly once, with the error or None, when no item is being performed or will
+    be: from the thread as its last act, or from `stop` while the thread still waits for its peer.
     """
 
     def __init__(
@@ -140,7 +141,9 @@ class LinkThread(Generic[Item]):
     ) -> None:
         self._connect, self._perform, self._ended = connect, perform, ended
         self._items: queue.SimpleQueue[Item | _Stop] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # over the two flags below
         self._stopping = False
+        self._thread_ends = False  # the thread met its peer, or failed to: its end is its to report
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -148,17 +151,25 @@ class LinkThread(Generic[Item]):
         self._items.put(item)
 
     def stop(self) -> None:
-        """Drop what is queued and end after the item in hand: within the link's timeout."""
-        self._stopping = True
+        """Drop what is queued and end after the item in hand: within the link's timeout.
+
+        A rendezvous with a dead peer takes longer than that, and nothing waits for its end.
+        """
+        with self._lock:
+            never_connects = not self._stopping and not self._thread_ends
+            self._stopping = True
         self._items.put(_Stop.STOP)
+        if never_connects:
+            self._ended(None)
 
     def _run(self) -> None:
         error: LinkLost | None = None
         link: PairLink | None = None
         try:
             link = self._connect()
-            while not self._stopping and not isinstance(item := self._items.get(), _Stop):
-                self._perform(link, item)
+            if self._claim_end():
+                while not self._stopping and not isinstance(item := self._items.get(), _Stop):
+                    self._perform(link, item)
         except LinkLost as lost:
             error = lost
         except Exception as unexpected:  # the thread must report its end, whatever ended it
@@ -166,4 +177,11 @@ class LinkThread(Generic[Item]):
         finally:
             if link is not None:
                 link.close()
-            self._ended(error)
+            if self._claim_end():
+                self._ended(error)
+
+    def _claim_end(self) -> bool:
+        """On the thread: whether it goes on and reports the end; not if `stop` has done so."""
+        with self._lock:
+            self._thread_ends = self._thread_ends or not self._stopping
+            return self._thread_ends

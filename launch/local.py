@@ -173,7 +173,7 @@ async def _relay_stderr(child: Child) -> None:
 
 async def _until_ready(child: Child, progress: Callable[[str], None]) -> dict[str, str]:
     addresses = await asyncio.shield(child.ready)
-    progress(f"{child.name} is ready at {addresses['grpc']}")
+    progress(f"{child.name} is ready at {addresses['grpc']}, process {child.process.pid}")
     return addresses
 
 

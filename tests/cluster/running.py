@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from protos import node_pb2, node_pb2_grpc
 
 START_S = 120.0
 STOP_S = 30.0
-_READY = re.compile(r"^(\S+) is ready at (\S+)$")
+_READY = re.compile(r"^(\S+) is ready at (\S+), process (\d+)$")
 
 
 @dataclass
@@ -34,6 +33,7 @@ class RunningCluster:
     http_address: str = ""
     nodes: dict[str, str] = field(default_factory=dict)
     """Addresses by name: router, prefill-0, decode-0, …"""
+    pids: dict[str, int] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     """What it said on stderr."""
 
@@ -53,15 +53,6 @@ class RunningCluster:
             return all(is_quiet(self.status(name)) for name in names)
 
         wait_until(quiet, lambda: "\n".join(str(self.status(name)) for name in names))
-
-    def children(self) -> dict[str, int]:
-        """Process ids of the cluster's processes, by kind of node (one of each kind)."""
-        found: dict[str, int] = {}
-        for pid in descendants(self.process.pid):
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"launch.cli" in arguments:
-                found[arguments[arguments.index(b"launch.cli") + 1].decode()] = pid
-        return found
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Send a signal and wait for the end; return the exit status."""
@@ -98,6 +89,7 @@ def running_cluster(*arguments: str) -> Iterator[RunningCluster]:
             cluster.lines.append(line.rstrip("\n"))
             if match := _READY.match(cluster.lines[-1]):
                 cluster.nodes[match[1]] = match[2]
+                cluster.pids[match[1]] = int(match[3])
 
     readers = [threading.Thread(target=read) for read in (read_stdout, read_stderr)]
     for reader in readers:
@@ -163,22 +155,9 @@ def wait_until(
         pause.wait(0.02)
 
 
-def descendants(pid: int) -> list[int]:
-    """The living processes that `pid` has started, and those that they have."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
-
-
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and was not yet reaped does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
