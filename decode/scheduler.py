@@ -18,11 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from engine.block_pool import BlockPool, blocks_for
-
 from baton.errors import BatonError, DeadlineExceeded, Overloaded
 from baton.ids import Ticket
 from baton.sampling import FinishReason, SamplingParams, StopParams
+from engine.block_pool import BlockPool, blocks_for
 
 
 @dataclass(frozen=True, slots=True)
