@@ -27,10 +27,10 @@ from baton.model.folder import (
     read_json_if_present,
     weight_files,
 )
+from baton.model.safetensors_header import read_header
 
 SAMPLES_PER_FILE = 16
 SAMPLE_BYTES = 64 << 10
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _DIGEST_BYTES = 16
 _WRITER_ONLY_FIELDS = frozenset(
     {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
@@ -53,7 +53,7 @@ def fingerprint(folder: Path) -> str:
         _add(digest, "tokenizer", (folder / TOKENIZER_FILE).read_bytes())
         for file in weight_files(folder):
             with file.open("rb") as stream:
-                header = _safetensors_header(stream, file)
+                header = read_header(stream, file)
                 _add(digest, file.name, header)
                 _add_samples(digest, stream, 8 + len(header))
     except OSError as error:
@@ -82,17 +82,6 @@ def _canonical_config(folder: Path) -> bytes:
     # Sampling defaults do not change what is computed, but the ids that end an answer do.
     kept["generation_eos"] = read_json_if_present(folder, GENERATION_FILE).get("eos_token_id")
     return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
-def _safetensors_header(stream: BinaryIO, file: Path) -> bytes:
-    """The JSON header: 8 bytes of little-endian length, then that many bytes."""
-    length = int.from_bytes(stream.read(8), "little")
-    if not 2 <= length <= MAX_HEADER_BYTES:
-        raise UnsupportedModel(f"{file} is no safetensors file; fetch the model again")
-    header = stream.read(length)
-    if len(header) != length:
-        raise UnsupportedModel(f"{file} is cut off inside its header; fetch the model again")
-    return header
 
 
 def _add_samples(digest: _Hash, stream: BinaryIO, start: int) -> None:
