@@ -1,4 +1,8 @@
-"""The forward pass of a Llama over a paged KV cache: chunks of one prompt, or one token of many."""
+"""The forward pass over a paged KV cache: a chunk of one prompt, or one token of many sequences.
+
+One pass serves every family: what a layer has (biases, head norms, experts) its weights say, and
+what it sees (rotary positions or none, a window or all) the spec.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from baton.model.spec import ModelSpec
 from engine.kv_cache import PagedKvCache
 from engine.operations import (
     decode_attention,
+    mixture,
     prefill_attention,
     rms_norm,
     rotary_table,
@@ -29,8 +34,11 @@ class Llama:
         self._spec = spec
         self._weights = weights
         self._cache = cache
+        self._windows = {spec.window_of(layer) for layer in range(spec.layers)}
+        scaling, theta = spec.rope_scaling, spec.rope_theta
+        divisors = None if scaling is None else scaling.divisors(spec.head_dim, theta)
         self._cosines, self._sines = rotary_table(
-            spec.head_dim, spec.context_length, spec.rope_theta, cache.device
+            spec.head_dim, spec.context_length, theta, cache.device, divisors
         )
 
     def prefill(
@@ -46,17 +54,16 @@ class Llama:
         float32 logits of the chunk's last token, [vocabulary].
         """
         stop = start + len(token_ids)
-        positions = torch.arange(start, stop, device=self._cache.device)
-        context = self._cache.slots_of(block_table, 0, stop)
-        mask = None
-        if start:
-            mask = torch.arange(stop, device=self._cache.device)[None, :] <= positions[:, None]
+        slots = self._cache.slots_of(block_table, 0, stop)
+        seen = {window: self._chunk_context(start, stop, window) for window in self._windows}
 
         def attend(layer: int, queries: torch.Tensor) -> torch.Tensor:
-            keys, values = self._cache.read(layer, context)
+            first, mask = seen[self._spec.window_of(layer)]
+            keys, values = self._cache.read(layer, slots[first:])
             return prefill_attention(queries, keys, values, mask)
 
-        hidden = self._layers(token_ids, positions, context[start:], attend, on_layer)
+        positions = torch.arange(start, stop, device=self._cache.device)
+        hidden = self._layers(token_ids, positions, slots[start:], attend, on_layer)
         return self._logits(hidden[-1:])[0]
 
     def decode(
@@ -68,32 +75,63 @@ class Llama:
         """Feed one token of each sequence at its position; return float32 logits [rows, vocab]."""
         device = self._cache.device
         places = torch.tensor(positions)  # [rows]
-        context, mask = self._padded_context(places, block_tables)
+        tables = self._padded_tables(places, block_tables)
+        seen = {}
+        for window in self._windows:
+            context, mask = self._padded_context(places, tables, window)
+            seen[window] = context.to(device), mask[:, None, None, :].to(device)
         slots = context[:, -1].to(device)  # where the padding repeats, and so each row's own place
-        context, mask = context.to(device), mask[:, None, None, :].to(device)
 
         def attend(layer: int, queries: torch.Tensor) -> torch.Tensor:
+            context, mask = seen[self._spec.window_of(layer)]
             keys, values = self._cache.read(layer, context)
             return decode_attention(queries, keys, values, mask)
 
         hidden = self._layers(token_ids, places.to(device), slots, attend, None)
         return self._logits(hidden)
 
-    def _padded_context(
+    def _chunk_context(
+        self, start: int, stop: int, window: int | None
+    ) -> tuple[int, torch.Tensor | None]:
+        """The first token that any of a chunk's tokens sees, and which of those from there on each.
+
+        The mask is bool [stop - start, stop - first], or None where all that matters is order.
+        """
+        if start == 0 and (window is None or stop <= window):
+            return 0, None
+        first = 0 if window is None else max(0, start - window + 1)
+        queries = torch.arange(start, stop, device=self._cache.device)[:, None]
+        keys = torch.arange(first, stop, device=self._cache.device)[None, :]
+        mask = keys <= queries
+        return first, mask if window is None else mask & (keys > queries - window)
+
+    def _padded_tables(
         self, places: torch.Tensor, block_tables: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """The blocks of each row up to its place, int64 [rows, most]; padded with zeros."""
+        size = self._cache.block_size
+        tables = torch.zeros((len(places), int(places.max()) // size + 1), dtype=torch.int64)
+        for row, (table, place) in enumerate(zip(block_tables, places.tolist(), strict=True)):
+            used = table[: place // size + 1]
+            tables[row, : len(used)] = torch.tensor(used)
+        return tables
+
+    def _padded_context(
+        self, places: torch.Tensor, tables: torch.Tensor, window: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots of each row's tokens up to its place, and which are no padding.
+        """Slots of the tokens each row sees, its place the last, and which are no padding.
 
         Takes int64 [rows], returns int64 and bool [rows, longest]. Padding repeats the row's last
         slot: what lies in a block of another owner, or none, must not be read even under a mask.
         """
         size = self._cache.block_size
-        tokens = torch.arange(int(places.max()) + 1)
+        longest = int(places.max()) + 1
+        first = torch.zeros_like(places)  # [rows]
+        if window is not None:
+            longest = min(longest, window)
+            first = (places - window + 1).clamp(min=0)
+        tokens = first[:, None] + torch.arange(longest)
         own = torch.minimum(tokens, places[:, None])  # [rows, longest]
-        tables = torch.zeros((len(places), len(tokens) // size + 1), dtype=torch.int64)
-        for row, (table, place) in enumerate(zip(block_tables, places.tolist(), strict=True)):
-            used = table[: place // size + 1]
-            tables[row, : len(used)] = torch.tensor(used)
         slots = tables.gather(1, own // size) * size + own % size
         return slots, tokens <= places[:, None]
 
@@ -114,9 +152,9 @@ class Llama:
             queries = self._project(number, layer, hidden, cosines, sines, slots)
             if on_layer is not None:
                 on_layer(number)
-            hidden = hidden + F.linear(attend(number, queries), layer.output)
+            hidden = hidden + F.linear(attend(number, queries), layer.output, layer.output_bias)
             normed = rms_norm(hidden, layer.post_norm, self._spec.rms_norm_eps)
-            hidden = hidden + F.linear(silu_mul(F.linear(normed, layer.gate_up)), layer.down)
+            hidden = hidden + self._feed_forward(layer, normed)
         return hidden
 
     def _project(
@@ -128,14 +166,34 @@ class Llama:
         sines: torch.Tensor,
         slots: torch.Tensor,
     ) -> torch.Tensor:
-        """Queries [tokens, query_heads, head_dim], rotated; keys and values go to the cache."""
+        """Queries [tokens, query_heads, head_dim], as they attend; KV goes to the cache."""
         spec = self._spec
         normed = rms_norm(hidden, layer.input_norm, spec.rms_norm_eps)
-        packed = F.linear(normed, layer.qkv).view(len(hidden), -1, spec.head_dim)
-        heads = packed.split((spec.query_heads, spec.kv_heads, spec.kv_heads), dim=1)
-        queries, keys = rotate(heads[0], cosines, sines), rotate(heads[1], cosines, sines)
-        self._cache.write(number, slots, keys, heads[2])
+        packed = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, spec.head_dim)
+        queries, keys, values = torch.split(
+            packed, [spec.query_heads, spec.kv_heads, spec.kv_heads], dim=1
+        )
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries = rms_norm(queries, layer.query_norm, spec.rms_norm_eps)
+            keys = rms_norm(keys, layer.key_norm, spec.rms_norm_eps)
+        if number not in spec.layers_without_rope:
+            queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
+        self._cache.write(number, slots, keys, values)
         return queries
+
+    def _feed_forward(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] to the same, through the layer's one network or its experts."""
+        experts = self._spec.experts
+        if layer.router is None or experts is None:
+            return F.linear(silu_mul(F.linear(normed, layer.gate_up)), layer.down)
+        return mixture(
+            normed,
+            layer.router,
+            layer.gate_up,
+            layer.down,
+            experts.per_token,
+            experts.normalised,
+        )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(hidden, self._weights.norm, self._spec.rms_norm_eps)

@@ -1,6 +1,8 @@
-"""The tensor operations of a Llama layer, as torch computes them: the reference on every device."""
+"""The tensor operations of a decoder layer as torch computes them: the reference everywhere."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +16,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 def rotary_table(
-    head_dim: int, positions: int, theta: float, device: torch.device
+    head_dim: int,
+    positions: int,
+    theta: float,
+    device: torch.device,
+    divisors: Sequence[float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for positions 0, 1, …: each float32 [positions, head_dim] (Su et al. 2021).
 
-    The two halves of a head rotate together, so each angle stands twice.
+    The two halves of a head rotate together, so each angle stands twice. `divisors`, one for each
+    of the head_dim / 2 frequencies, slow them down (see `baton.model.rope`).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / theta**exponents  # [head_dim / 2]
+    if divisors is not None:
+        frequencies = frequencies / torch.tensor(divisors)
     angles = torch.arange(positions).float()[:, None] * frequencies[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(device), angles.sin().to(device)
@@ -40,13 +49,43 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def mixture(
+    hidden: torch.Tensor,
+    router: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    per_token: int,
+    normalised: bool,
+) -> torch.Tensor:
+    """Give each token to the `per_token` experts that the router likes best; add what they say.
+
+    hidden [tokens, hidden]; router [experts, hidden]; gate_up [experts, 2 * intermediate, hidden];
+    down [experts, hidden, intermediate]. An expert's answer is weighed by its probability among
+    all experts, or among the chosen where `normalised` (Qwen3MoeTopKRouter in transformers, in
+    float32). Returns [tokens, hidden].
+    """
+    probabilities = F.linear(hidden, router).softmax(-1, dtype=torch.float32)
+    weights, chosen = probabilities.topk(per_token, dim=-1)  # [tokens, per_token]
+    if normalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights.to(hidden.dtype)
+    out = torch.zeros_like(hidden)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        tokens, rank = torch.where(chosen == expert)
+        inner = silu_mul(F.linear(hidden[tokens], gate_up[expert]))
+        answer = F.linear(inner, down[expert]) * weights[tokens, rank, None]
+        out.index_add_(0, tokens, answer)
+    return out
+
+
 def prefill_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Causal attention of one sequence's chunk over all of its tokens so far.
 
     queries [tokens, query_heads, head_dim]; keys and values [context, kv_heads, head_dim], the
-    chunk's own tokens last; mask bool [tokens, context], or None where the chunk is all there is.
+    chunk's own tokens last; mask bool [tokens, context], or None where the chunk is all there is
+    and each token sees all before it.
     Returns [tokens, query_heads * head_dim].
     """
     out = F.scaled_dot_product_attention(
