@@ -98,3 +98,30 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(UnsupportedModel, match=r"model\.safetensors cannot be read"):
         load_weights(folder, spec, torch.float32, CPU)
+
+
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", tiny_weights())
+    spec = load_spec(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UnsupportedModel, match=r"model\.safetensors is cut off before its last"):
+        load_weights(folder, spec, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64, torch.bfloat16])
+def test_stored_numbers_become_the_dtype_asked_for(tmp_path: Path, stored: torch.dtype) -> None:
+    source = {name: weight.to(stored) for name, weight in tiny_weights().items()}
+    weights = load(write_folder(tmp_path / "model", source))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(weights.layers[1].down, source[name].float())
+
+
+def test_rows_are_read_in_pieces_where_a_matrix_is_large(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load(tiny_folder)
+    for piece_bytes in (1, 1000):  # less than a row, and some rows at a time
+        monkeypatch.setattr("engine.weight_stream.PIECE_BYTES", piece_bytes)
+        for left, right in zip(tensors(load(tiny_folder)), tensors(whole), strict=True):
+            assert torch.equal(left, right)
