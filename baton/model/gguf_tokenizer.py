@@ -235,7 +235,7 @@ def _tokenizer_config(metadata: Mapping[str, Any], tokens: list[str]) -> dict[st
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": metadata.get("llama.context_length"),
+        "model_max_length": metadata.get(f"{metadata.get('general.architecture')}.context_length"),
     }
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         if (token := _token(metadata, tokens, name)) is not None:

@@ -71,7 +71,11 @@ def test_bos_stands_before_text_only_where_the_file_says_so(
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), "rope_freqs.weight"),
+        (
+            lambda w: w.add_tensor("rope_freqs.weight", np.array([1, 1, 2, 8], np.float32)),
+            "rope_freqs.weight",
+        ),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(5, np.float32) * 2), "rope_freqs"),
         (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)), "attn_q.bias"),
         (lambda w: w.add_tensor("blk.2.attn_q.weight", np.ones((32, 32), np.float32)), "blk.2"),
         (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "yarn"),
@@ -89,8 +93,8 @@ def test_what_cannot_be_computed_is_refused_by_name(
 
 
 def test_other_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="'qwen2'; supported is 'llama'"):
-        imported(tmp_path, write_gguf(tmp_path / "tiny.gguf", architecture="qwen2"))
+    with pytest.raises(UnsupportedModel, match=r"'gemma2'; supported are 'llama', 'qwen2', .*moe'"):
+        imported(tmp_path, write_gguf(tmp_path / "tiny.gguf", architecture="gemma2"))
 
 
 def test_unknown_text_split_is_refused_by_name(tmp_path: Path) -> None:
