@@ -76,11 +76,10 @@ class Llama:
         device = self._cache.device
         places = torch.tensor(positions)  # [rows]
         tables = self._padded_tables(places, block_tables)
-        seen = {}
-        for window in self._windows:
-            context, mask = self._padded_context(places, tables, window)
-            seen[window] = context.to(device), mask[:, None, None, :].to(device)
-        slots = context[:, -1].to(device)  # where the padding repeats, and so each row's own place
+        seen = {window: self._padded_context(places, tables, window) for window in self._windows}
+        size = self._cache.block_size
+        own_blocks = tables.gather(1, places[:, None] // size)[:, 0]
+        slots = (own_blocks * size + places % size).to(device)  # [rows]: each row's own place
 
         def attend(layer: int, queries: torch.Tensor) -> torch.Tensor:
             context, mask = seen[self._spec.window_of(layer)]
@@ -121,8 +120,9 @@ class Llama:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of the tokens each row sees, its place the last, and which are no padding.
 
-        Takes int64 [rows], returns int64 and bool [rows, longest]. Padding repeats the row's last
-        slot: what lies in a block of another owner, or none, must not be read even under a mask.
+        Takes int64 [rows], returns int64 [rows, longest] and bool [rows, 1, 1, longest]. Padding
+        repeats the row's last slot: what lies in a block of another owner, or none, must not be
+        read even under a mask.
         """
         size = self._cache.block_size
         longest = int(places.max()) + 1
@@ -133,7 +133,8 @@ class Llama:
         tokens = first[:, None] + torch.arange(longest)
         own = torch.minimum(tokens, places[:, None])  # [rows, longest]
         slots = tables.gather(1, own // size) * size + own % size
-        return slots, tokens <= places[:, None]
+        mask = (tokens <= places[:, None])[:, None, None, :]
+        return slots.to(self._cache.device), mask.to(self._cache.device)
 
     def _layers(
         self,

@@ -79,21 +79,27 @@ def _check(folder: Path, placement: Placement, tensor: StoredTensor | None) -> N
 
 
 def _read(stream: FileIO, tensor: StoredTensor, placement: Placement, scratch: bytearray) -> None:
-    """Whole rows, as many at a time as fit into the scratch; of each, the columns wanted."""
+    """Into its place at once where that is laid out as the file is, else over the scratch.
+
+    Over the scratch come whole rows, as many at a time as fit; of each, the columns wanted.
+    """
     dtype = _FLOATS[tensor.dtype]
     width = tensor.shape[1] if len(tensor.shape) == 2 else 1
     row_bytes = width * dtype.itemsize
+    rows, columns, target = placement.rows, placement.columns, placement.target
+    stream.seek(tensor.start + rows.start * row_bytes)
+    plain = target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+    if plain and len(columns) == width:
+        _read_exactly(stream, target.view(torch.uint8).flatten().numpy().data, tensor.file)
+        return
     if len(scratch) < row_bytes:
         scratch.extend(bytes(row_bytes - len(scratch)))
     step = len(scratch) // row_bytes
-    rows, columns = placement.rows, placement.columns
-    stream.seek(tensor.start + rows.start * row_bytes)
     for done in range(0, len(rows), step):
         count = min(step, len(rows) - done)
         _read_exactly(stream, memoryview(scratch)[: count * row_bytes], tensor.file)
         piece = torch.frombuffer(scratch, dtype=dtype, count=count * width).view(count, width)
-        kept = piece[:, columns.start : columns.stop]
-        placement.target[done : done + count].copy_(kept)
+        target[done : done + count].copy_(piece[:, columns.start : columns.stop])
 
 
 def _read_exactly(stream: FileIO, into: memoryview, file: Path) -> None:
