@@ -176,8 +176,8 @@ class Incoming(pb_grpc.KvTransferServicer):
 
     def _receive(self, link: _IncomingLink, hello: pb.Hello, message: pb.SenderMessage) -> None:
         kind = message.WhichOneof("message")
-        if kind is None or kind == "hello":
-            return
+        if kind is None or kind == "hello" or link.closed.is_set():
+            return  # what a link had read when it ended is taken up by nobody
         body = getattr(message, kind)
         ticket = ticket_from_proto(body.ticket)
         match kind:
@@ -186,7 +186,7 @@ class Incoming(pb_grpc.KvTransferServicer):
             case "unit":
                 unit = Unit(body.layer, body.start, body.stop)
                 link.queue(_ReceiveUnit(ticket, unit, tuple(body.head_checksums)))
-            case "done":
+            case "done" if self._link_of.get(ticket) is link:
                 link.queue(_ReachDone(ticket, body.first_token_id))
             case "abort" if self._link_of.get(ticket) is link:
                 self._handle(ev.PeerEnded(ticket, ended_error(body, "the prefill node")))
@@ -209,7 +209,8 @@ class Incoming(pb_grpc.KvTransferServicer):
             link.outbox.put_nowait(pb.ReceiverMessage(refuse=refusal))
             return
         self._link_of[ticket] = link
-        deadline = asyncio.get_running_loop().time() + min(offer.deadline_s, MAX_OFFER_S)
+        offered_s = min(MAX_OFFER_S, offer.deadline_s)  # in this order: NaN then counts as the most
+        deadline = asyncio.get_running_loop().time() + offered_s
         self._handle(ev.Offered(ticket, manifest.prompt_tokens, deadline))
 
     def _handle(self, event: ev.ReceiverEvent) -> None:
@@ -248,6 +249,13 @@ class Incoming(pb_grpc.KvTransferServicer):
     def _send(self, ticket: Ticket, message: pb.ReceiverMessage) -> None:
         self._link_of[ticket].outbox.put_nowait(message)
 
+    def blocks_written_by(self, link: _IncomingLink, ticket: Ticket) -> Sequence[int] | None:
+        """On a link's thread: where it may write this ticket's units, if anywhere.
+
+        Only the link of the offer may, for it is the one that a fence keeps off the blocks.
+        """
+        return self.writable.get(ticket) if self._link_of.get(ticket) is link else None
+
     def link_item_done(self, event: ev.ReceiverEvent) -> None:
         """What a link's thread reports, on the loop."""
         self._handle(event)
@@ -257,9 +265,12 @@ class Incoming(pb_grpc.KvTransferServicer):
         reason = error or LinkLost(f"the prefill node {link.peer} closed the link")
         log.info("link ended", peer=link.peer, reason=reason.message)
         self._links.discard(link)
-        prefix = f"link/{link.welcome.link_id}/"
-        for key in [key for key in self._store.list_keys() if key.startswith(prefix)]:
-            self._store.delete_key(key)  # a store keeps what nobody deletes
+        # A store keeps what nobody deletes, and a link stopped before it met its peer may write its
+        # key only after this: so every end sweeps what is of no open link.
+        kept = tuple(f"link/{other.welcome.link_id}/" for other in self._links)
+        for key in self._store.list_keys():
+            if not key.startswith(kept):
+                self._store.delete_key(key)
         for ticket in [t for t, of in self._link_of.items() if of is link]:
             self._handle(ev.LinkEnded(ticket, reason))
         link.closed.set()
@@ -321,6 +332,8 @@ class _IncomingLink:
         match item:
             case _ReceiveUnit(ticket, unit, checksums):
                 intact = self._receive_unit(link, ticket, unit, checksums)
+                if intact is None:
+                    return
                 event = ev.UnitArrived(ticket, unit, intact)
             case _ReachDone(ticket, first_token_id):
                 self._owner.writable.pop(ticket, None)  # a unit after the end is not written
@@ -331,8 +344,12 @@ class _IncomingLink:
 
     def _receive_unit(
         self, link: PairLink, ticket: Ticket, unit: Unit, checksums: tuple[int, ...]
-    ) -> bool:
-        """Take a unit off the link; write it if it is whole and its ticket may be written."""
+    ) -> bool | None:
+        """Take a unit off the link; write it if it is whole and its ticket may be written.
+
+        Returns whether it is whole, or None where its ticket may not be written: it then counts
+        as never arrived, so that nothing is committed that was not written (P4).
+        """
         layout: Layout = self._settings.layout
         size = layout.unit_bytes(unit.tokens)
         if not 0 < size <= MAX_UNIT_BYTES:
@@ -344,10 +361,12 @@ class _IncomingLink:
         data = received.view(getattr(torch, layout.dtype)).view(
             layout.kv_heads, 2, unit.tokens, layout.head_dim
         )
-        block_table = self._owner.writable.get(ticket)
+        block_table = self._owner.blocks_written_by(self, ticket)
+        if block_table is None:
+            return None
         if tuple(head_checksums(data)) != checksums:
             return False
-        room = len(block_table or ()) * self._settings.block_size
-        if block_table is not None and unit.layer < layout.layers and unit.stop <= room:
+        room = len(block_table) * self._settings.block_size
+        if unit.layer < layout.layers and unit.stop <= room:
             self._cache.write_span(unit.layer, block_table, unit.start, unit.stop, data)
         return True

@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any, Final, Generic, TypeVar
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from baton.config import Config, join_address, split_address
 from baton.errors import LinkLost
@@ -65,6 +65,30 @@ def open_store(host: str) -> tuple[TCPStore, str]:
     return store, join_address(host, port)
 
 
+class _RendezvousStore(Store):  # type: ignore[misc]
+    """The peers' meeting place of one link, which gives no empty answer.
+
+    TCPStore gives one for a key that was deleted after it had been waited for, as happens when the
+    decode node ends a link that is still being made; and gloo, which parses it unchecked, crashes.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(key, value)
+
+    def wait(self, keys: list[str], *timeout: timedelta) -> None:
+        self._store.wait(keys, *timeout)
+
+    def get(self, key: str) -> bytes:
+        value: bytes = self._store.get(key)
+        if not value:
+            raise RuntimeError("the other side ended it")
+        return value
+
+
 class PairLink:
     """A connected link. Every wait is bounded by `timeout_s`; any failure raises `LinkLost`."""
 
@@ -83,12 +107,11 @@ class PairLink:
         options._threads = 1
         try:
             # A client of its own: one TCPStore client serves one call at a time.
-            self._store = TCPStore(
+            client = TCPStore(
                 store_host, store_port, None, False, rendezvous_timeout, wait_for_workers=False
             )
-            self._group = ProcessGroupGloo(
-                PrefixStore(f"link/{link_id}/", self._store), rank, 2, options
-            )
+            self._store = _RendezvousStore(PrefixStore(f"link/{link_id}/", client))
+            self._group = ProcessGroupGloo(self._store, rank, 2, options)
         except RuntimeError as error:  # torch.distributed's own errors derive from it
             raise LinkLost(f"the link could not be made: {error}") from error
         self._peer = 1 - rank

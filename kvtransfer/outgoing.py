@@ -216,6 +216,8 @@ class _OutgoingLink:
         async with open_channel(address, config.max_message_bytes) as channel:
             stream = pb_grpc.KvTransferStub(channel).Link(metadata=auth_metadata(config.token()))
             self._stream = stream
+            if self._closing:  # it was closed before it took its first step
+                stream.cancel()
             try:
                 welcome = await self._greet(stream)
                 self._start_thread(welcome)
