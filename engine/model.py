@@ -7,12 +7,15 @@ what it sees (rotary positions or none, a window or all) the spec.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from baton.model.spec import ModelSpec
 from engine.kv_cache import PagedKvCache
+from engine.linear import Linear
 from engine.operations import (
     decode_attention,
     mixture,
@@ -27,13 +30,56 @@ from engine.weights import LayerWeights, ModelWeights
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One decoder layer, ready to compute."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: Linear
+    post_norm: torch.Tensor
+    feed_forward: Callable[[torch.Tensor], torch.Tensor]  # [tokens, hidden] to the same
+
+
+def _ready(layer: LayerWeights, spec: ModelSpec) -> _Layer:
+    return _Layer(
+        layer.input_norm,
+        Linear(layer.qkv, layer.qkv_bias),
+        layer.query_norm,
+        layer.key_norm,
+        Linear(layer.output, layer.output_bias),
+        layer.post_norm,
+        _feed_forward(layer, spec),
+    )
+
+
+def _feed_forward(layer: LayerWeights, spec: ModelSpec) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer's one network, or its experts."""
+    if layer.router is not None and spec.experts is not None:
+        return partial(
+            mixture,
+            router=layer.router,
+            gate_up=layer.gate_up,
+            down=layer.down,
+            per_token=spec.experts.per_token,
+            normalised=spec.experts.normalised,
+        )
+    gate_up, down = Linear(layer.gate_up), Linear(layer.down)
+    return lambda normed: down(silu_mul(gate_up(normed)))
+
+
 class Llama:
     """A model's weights and the cache they compute over. Not thread-safe: one step at a time."""
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: PagedKvCache) -> None:
         self._spec = spec
-        self._weights = weights
         self._cache = cache
+        self._embedding = weights.embedding
+        self._layers = tuple(_ready(layer, spec) for layer in weights.layers)
+        self._norm = weights.norm
+        self._head = Linear(weights.head)
         self._windows = {spec.window_of(layer) for layer in range(spec.layers)}
         scaling, theta = spec.rope_scaling, spec.rope_theta
         divisors = None if scaling is None else scaling.divisors(spec.head_dim, theta)
@@ -63,7 +109,7 @@ class Llama:
             return prefill_attention(queries, keys, values, mask)
 
         positions = torch.arange(start, stop, device=self._cache.device)
-        hidden = self._layers(token_ids, positions, slots[start:], attend, on_layer)
+        hidden = self._run_layers(token_ids, positions, slots[start:], attend, on_layer)
         return self._logits(hidden[-1:])[0]
 
     def decode(
@@ -86,7 +132,7 @@ class Llama:
             keys, values = self._cache.read(layer, context)
             return decode_attention(queries, keys, values, mask)
 
-        hidden = self._layers(token_ids, places.to(device), slots, attend, None)
+        hidden = self._run_layers(token_ids, places.to(device), slots, attend, None)
         return self._logits(hidden)
 
     def _chunk_context(
@@ -136,7 +182,7 @@ class Llama:
         mask = (tokens <= places[:, None])[:, None, None, :]
         return slots.to(self._cache.device), mask.to(self._cache.device)
 
-    def _layers(
+    def _run_layers(
         self,
         token_ids: Sequence[int],
         positions: torch.Tensor,
@@ -148,20 +194,20 @@ class Llama:
         cosines = self._cosines[positions].to(self._cache.dtype)
         sines = self._sines[positions].to(self._cache.dtype)  # each [tokens, head_dim]
         ids = torch.tensor(token_ids, device=self._cache.device)
-        hidden = F.embedding(ids, self._weights.embedding)
-        for number, layer in enumerate(self._weights.layers):
+        hidden = F.embedding(ids, self._embedding)
+        for number, layer in enumerate(self._layers):
             queries = self._project(number, layer, hidden, cosines, sines, slots)
             if on_layer is not None:
                 on_layer(number)
-            hidden = hidden + F.linear(attend(number, queries), layer.output, layer.output_bias)
+            hidden = hidden + layer.output(attend(number, queries))
             normed = rms_norm(hidden, layer.post_norm, self._spec.rms_norm_eps)
-            hidden = hidden + self._feed_forward(layer, normed)
+            hidden = hidden + layer.feed_forward(normed)
         return hidden
 
     def _project(
         self,
         number: int,
-        layer: LayerWeights,
+        layer: _Layer,
         hidden: torch.Tensor,
         cosines: torch.Tensor,
         sines: torch.Tensor,
@@ -170,7 +216,7 @@ class Llama:
         """Queries [tokens, query_heads, head_dim], as they attend; KV goes to the cache."""
         spec = self._spec
         normed = rms_norm(hidden, layer.input_norm, spec.rms_norm_eps)
-        packed = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, spec.head_dim)
+        packed = layer.qkv(normed).view(len(hidden), -1, spec.head_dim)
         queries, keys, values = torch.split(
             packed, [spec.query_heads, spec.kv_heads, spec.kv_heads], dim=1
         )
@@ -182,20 +228,6 @@ class Llama:
         self._cache.write(number, slots, keys, values)
         return queries
 
-    def _feed_forward(self, layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] to the same, through the layer's one network or its experts."""
-        experts = self._spec.experts
-        if layer.router is None or experts is None:
-            return F.linear(silu_mul(F.linear(normed, layer.gate_up)), layer.down)
-        return mixture(
-            normed,
-            layer.router,
-            layer.gate_up,
-            layer.down,
-            experts.per_token,
-            experts.normalised,
-        )
-
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = rms_norm(hidden, self._weights.norm, self._spec.rms_norm_eps)
-        return F.linear(normed, self._weights.head).float()
+        normed = rms_norm(hidden, self._norm, self._spec.rms_norm_eps)
+        return self._head(normed).float()
