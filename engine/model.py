@@ -71,13 +71,16 @@ def _feed_forward(layer: LayerWeights, spec: ModelSpec) -> Callable[[torch.Tenso
 
 
 class Llama:
-    """A model's weights and the cache they compute over. Not thread-safe: one step at a time."""
+    """A model's weights and the cache they compute over. Not thread-safe: one step at a time.
+
+    Takes the layers out of `weights`, so that none is held twice while it is made ready.
+    """
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: PagedKvCache) -> None:
         self._spec = spec
         self._cache = cache
         self._embedding = weights.embedding
-        self._layers = tuple(_ready(layer, spec) for layer in weights.layers)
+        self._layers = tuple(_ready(weights.layers.pop(0), spec) for _ in range(spec.layers))
         self._norm = weights.norm
         self._head = Linear(weights.head)
         self._windows = {spec.window_of(layer) for layer in range(spec.layers)}

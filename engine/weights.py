@@ -37,10 +37,13 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All of a model. `head` is `embedding` where the model ties them."""
+    """All of a model. `head` is `embedding` where the model ties them.
+
+    Who takes a layer out of the list owns it, and can let go of a matrix that it lays out anew.
+    """
 
     embedding: torch.Tensor  # [vocabulary, hidden]
-    layers: tuple[LayerWeights, ...]
+    layers: list[LayerWeights]
     norm: torch.Tensor  # [hidden]
     head: torch.Tensor  # [vocabulary, hidden]
 
@@ -62,7 +65,7 @@ def load_weights(
     embedding = plan.whole("model.embed_tokens.weight", spec.vocabulary_size, spec.hidden_size)
     weights = ModelWeights(
         embedding=embedding,
-        layers=tuple(plan.layer(number) for number in range(spec.layers)),
+        layers=[plan.layer(number) for number in range(spec.layers)],
         norm=plan.whole("model.norm.weight", spec.hidden_size),
         head=embedding
         if spec.tied_embeddings
