@@ -220,14 +220,15 @@ class Llama:
         spec = self._spec
         normed = rms_norm(hidden, layer.input_norm, spec.rms_norm_eps)
         packed = layer.qkv(normed).view(len(hidden), -1, spec.head_dim)
-        queries, keys, values = torch.split(
-            packed, [spec.query_heads, spec.kv_heads, spec.kv_heads], dim=1
-        )
+        turning, values = packed.split((spec.query_heads + spec.kv_heads, spec.kv_heads), dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys = turning.split((spec.query_heads, spec.kv_heads), dim=1)
             queries = rms_norm(queries, layer.query_norm, spec.rms_norm_eps)
             keys = rms_norm(keys, layer.key_norm, spec.rms_norm_eps)
+            turning = torch.cat((queries, keys), dim=1)
         if number not in spec.layers_without_rope:
-            queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
+            turning = rotate(turning, cosines, sines)  # queries and keys at once
+        queries, keys = turning.split((spec.query_heads, spec.kv_heads), dim=1)
         self._cache.write(number, slots, keys, values)
         return queries
 

@@ -24,23 +24,26 @@ def rotary_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for positions 0, 1, …: each float32 [positions, head_dim] (Su et al. 2021).
 
-    The two halves of a head rotate together, so each angle stands twice. `divisors`, one for each
-    of the head_dim / 2 frequencies, slow them down (see `baton.model.rope`).
+    The two halves of a head rotate together, so each angle stands twice, and in the first half the
+    sine is negative: `rotate` then needs no sign of its own. `divisors`, one for each of the
+    head_dim / 2 frequencies, slow them down (see `baton.model.rope`).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / theta**exponents  # [head_dim / 2]
     if divisors is not None:
         frequencies = frequencies / torch.tensor(divisors)
     angles = torch.arange(positions).float()[:, None] * frequencies[None, :]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(device), angles.sin().to(device)
+    cosines, sines = angles.cos(), angles.sin()
+    return (
+        torch.cat((cosines, cosines), dim=-1).to(device),
+        torch.cat((-sines, sines), dim=-1).to(device),
+    )
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotate [tokens, heads, head_dim] by [tokens, head_dim] cosines and sines of its dtype."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cosines[:, None, :] + turned * sines[:, None, :]
+    """Rotate [tokens, heads, head_dim] by [tokens, head_dim] of a `rotary_table`, of its dtype."""
+    turned = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cosines[:, None, :], turned, sines[:, None, :])
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
