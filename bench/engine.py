@@ -49,6 +49,8 @@ class Row:
 def run_engine(options: argparse.Namespace) -> int:
     """Measure and print; 0 whatever the figures are."""
     report = run(options.rounds, options.threads, options.dtype, _progress)
+    if options.report:
+        Path(options.report).write_text(as_document(report), "utf-8")
     if options.json:
         print(json.dumps(report))
     else:
@@ -224,6 +226,36 @@ def as_table(report: dict[str, Any]) -> str:
         f"{limits['matmul_tflop_per_s'] * 1000:.0f} GFLOP/s.",
     ]
     return "\n".join(lines)
+
+
+def as_document(report: dict[str, Any]) -> str:
+    """The table with what it takes to read it and to make it again."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    memory = {
+        name: max(
+            item["peak_rss_mib"] for item in report["measurements"] if item["subject"] == name
+        )
+        for name in report["versions"]
+    }
+    peaks = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items())
+    command = f"baton bench engine --rounds {report['rounds']} --dtype {report['dtype']}"
+    return f"""# Benchmarks
+
+## The engine
+
+`{command} --report docs/benchmarks.md`
+
+Tokens per second of the default model, SmolLM2-135M-Instruct, with the same weights, precision,
+threads and prompts. One subject works while the others are stopped; each figure is the median of
+the rounds. *Ratio* is Baton's figure over the best peer's. *Of the limit* is Baton's figure over
+what the machine allows: for prefill, the rate of a plain matrix product; for decode, the bytes of
+weights and KV that a step must read, over the rate at which memory was read. Both were measured in
+the same run, and the counting is in `bench/work.py`.
+
+{as_table(report)}
+
+Most memory each held: {peaks}. Versions: {versions} (Baton: of torch).
+"""
 
 
 def _progress(line: str) -> None:

@@ -6,6 +6,7 @@ machine that slows down or speeds up does so for all. Reported are medians over 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -54,7 +55,7 @@ class Running:
                 start_new_session=True,
             )
         self.version = str(self._answer(START_S)["version"])
-        self._signal(signal.SIGSTOP)
+        self._stop()
 
     def perform(self, task: Task) -> dict[str, Any]:
         """Do one task; {"seconds", "peak_rss_mib"} or {"error"}."""
@@ -63,7 +64,7 @@ class Running:
         self._process.stdin.write(json.dumps(task).encode() + b"\n")
         self._process.stdin.flush()
         answer = self._answer(TASK_S)
-        self._signal(signal.SIGSTOP)
+        self._stop()
         return answer
 
     def close(self) -> None:
@@ -84,6 +85,15 @@ class Running:
             raise SubjectFailed(f"{self.name} gave no answer: " + " / ".join(words))
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _stop(self) -> None:
+        """Stop the process, and return when it has stopped or ended."""
+        self._signal(signal.SIGSTOP)
+        if self._process.poll() is None:
+            # WNOWAIT leaves the status of an ended process to Popen; that of a stop is taken.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOHANG)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.poll() is None:

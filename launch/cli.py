@@ -1,4 +1,4 @@
-"""The command line: `baton up`, `ask`, `router`, `prefill`, `decode`, `model`.
+"""The command line: `baton up`, `ask`, `router`, `prefill`, `decode`, `model`, `bench`.
 
 Only what a command needs is imported, so `--help` and a router start without torch.
 """
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind in _NODE_HELP:
         _add_node(commands, kind)
     _add_model(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -203,6 +204,33 @@ def _model_show(options: argparse.Namespace) -> int:
     for name, value in {"folder": folder, **dataclasses.asdict(load_spec(folder))}.items():
         print(f"{name:<18} {value}")
     return 0
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure, beside peers and the machine's limits",
+        description="Each benchmark runs its subjects in turn in one run and prints ratios.",
+    )
+    benches = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    engine = benches.add_parser(
+        "engine",
+        help="prefill and decode of the engine alone, beside the peers that are installed",
+        description="Measure the engine on the default model beside transformers, vLLM's CPU build "
+        "and llama.cpp, where `make bench-peers` has installed them.",
+    )
+    engine.add_argument("--rounds", type=_count, default=3, metavar="N", help="rounds in turn (3)")
+    engine.add_argument("--threads", type=_count, default=1, metavar="N", help="for each (1)")
+    engine.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    engine.add_argument("--json", action="store_true", help="print one object instead of a table")
+    engine.add_argument("--report", metavar="FILE", help="write the table to a Markdown file too")
+    engine.set_defaults(command=_bench_engine)
+
+
+def _bench_engine(options: argparse.Namespace) -> int:
+    from bench.engine import run_engine
+
+    return run_engine(options)
 
 
 def _progress(line: str) -> None:
