@@ -23,11 +23,11 @@ from baton.model.catalog import DEFAULT_MODEL, locate, locate_gguf
 from baton.model.spec import ModelSpec, load_spec
 from bench.gguf_file import make_bf16
 from bench.rounds import Measurement, Running, Subject, SubjectFailed, measure
-from bench.work import decode_step, prefill
+from engine.accounting import decode_work, prefill_work
 
 PREFILL_TOKENS = (512, 2048)
 DECODE_BATCHES = (1, 8, 16, 32)
-CONTEXT, STEPS = 128, 32
+CONTEXT, STEPS = 64, 32
 GOALS = {"prefill": 1.0, "decode 1": 1.0, "decode": 1.2}
 LIMIT_GOALS = {"prefill": 0.6, "decode": 0.7}
 
@@ -183,10 +183,11 @@ def _rows(
         peers = {subject: speed for subject, speed in speeds.items() if subject != "baton"}
         best = max(peers, key=lambda subject: peers[subject], default="")
         if kind == "prefill":
-            flops = prefill(spec, task["tokens"]).flops
+            flops = prefill_work(spec, dtype, 0, task["tokens"]).flops
             fastest, bound = task["tokens"] / (flops / 1e12 * bounds["matmul"]), "arithmetic"
         else:
-            moved = decode_step(spec, dtype, task["batch"], CONTEXT + STEPS // 2).bytes_read
+            contexts = [CONTEXT + STEPS // 2] * task["batch"]
+            moved = decode_work(spec, dtype, contexts).bytes_read
             fastest, bound = task["batch"] / (moved / 1e9 * bounds["read"]), "bandwidth"
         rows.append(
             Row(
@@ -250,7 +251,7 @@ threads and prompts. One subject works while the others are stopped; each figure
 the rounds. *Ratio* is Baton's figure over the best peer's. *Of the limit* is Baton's figure over
 what the machine allows: for prefill, the rate of a plain matrix product; for decode, the bytes of
 weights and KV that a step must read, over the rate at which memory was read. Both were measured in
-the same run, and the counting is in `bench/work.py`.
+the same run, and the counting is in `engine/accounting.py`.
 
 {as_table(report)}
 

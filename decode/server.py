@@ -89,7 +89,7 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
             transfers_in_flight=self._incoming.in_flight,
             links_open=self._incoming.links_open,
             router_streams=self._legs.streams_open,
-            counters=self._counters,
+            counters=self._counters | self._runner.meter.counters,
         )
 
     def tick(self, now: float) -> None:
@@ -182,7 +182,6 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
             except Exception as error:
                 log.exception("step failed", rows=len(rows))
                 event = sched.StepFailed(EngineFailed(f"the step failed: {error}"))
-            self._counters["steps"] += 1
             self._perform(self._scheduler.handle(event))
 
     def _run(self, rows: list[sched.Row]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from baton.errors import ConfigError
 from baton.model.spec import ModelSpec
 from baton.sampling import SamplingParams
+from engine.accounting import Meter, decode_work, prefill_work
 from engine.block_pool import blocks_for
 from engine.kv_cache import PagedKvCache, blocks_that_fit
+from engine.limits import measure_limits
 from engine.model import Llama
 from engine.sampler import choose
 from engine.weights import ModelWeights, load_weights
@@ -46,7 +49,9 @@ class Runner:
     def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: PagedKvCache) -> None:
         self.spec = spec
         self.cache = cache
+        self.meter = Meter()
         self._model = Llama(spec, weights, cache)
+        self._dtype_name = next(name for name, dtype in DTYPES.items() if dtype == cache.dtype)
 
     @classmethod
     def load(
@@ -75,30 +80,43 @@ class Runner:
 
         `on_layer(layer)` is called, on this thread, when the chunk's KV of a layer is in the cache.
         """
+        begun = time.perf_counter()
         logits = self._model.prefill(chunk.token_ids, chunk.start, chunk.block_table, on_layer)
-        if chunk.sample is None:
-            return None
         position = chunk.start + len(chunk.token_ids)
-        return choose(logits[None], [chunk.sample], [position])[0]
+        token_id = (
+            None if chunk.sample is None else choose(logits[None], [chunk.sample], [position])[0]
+        )
+        work = prefill_work(self.spec, self._dtype_name, chunk.start, len(chunk.token_ids))
+        self.meter.add("prefill", work, time.perf_counter() - begun)
+        return token_id
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[DecodeRow]) -> list[int]:
         """One step of every row: the next token of each, in order."""
         if not rows:
             return []
+        begun = time.perf_counter()
         logits = self._model.decode(
             [row.token_id for row in rows],
             [row.position for row in rows],
             [row.block_table for row in rows],
         )
         next_positions = [row.position + 1 for row in rows]
-        return choose(logits, [row.sampling for row in rows], next_positions)
+        token_ids = choose(logits, [row.sampling for row in rows], next_positions)
+        work = decode_work(self.spec, self._dtype_name, next_positions)
+        self.meter.add("decode", work, time.perf_counter() - begun)
+        return token_ids
 
     def warm_up(self) -> None:
-        """One small real prefill and decode step, on blocks that nobody owns yet."""
+        """One small real prefill and decode step, on blocks that nobody owns yet; and the limits.
+
+        What follows is counted from zero, with a bound for each step.
+        """
         greedy = SamplingParams()
         block_table = tuple(range(blocks_for(2, self.cache.block_size)))
         token_id = self.prefill(PrefillChunk((0,), 0, block_table, greedy))
         assert token_id is not None, "the last chunk gives a token"
         if len(block_table) <= self.cache.blocks:
             self.decode([DecodeRow(token_id, 1, block_table, greedy)])
+        self.meter.reset()
+        self.meter.limits = measure_limits(self.cache.dtype, self.cache.device)

@@ -102,7 +102,7 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
             transfers_in_flight=self._outgoing.in_flight,
             links_open=self._outgoing.links_open,
             router_streams=self._legs.streams_open,
-            counters=self._counters,
+            counters=self._counters | self._runner.meter.counters,
         )
 
     def tick(self, now: float) -> None:

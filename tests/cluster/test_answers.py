@@ -92,12 +92,12 @@ def test_four_prompts_at_once_each_get_their_own_answer(
     cluster: RunningCluster, client: Client
 ) -> None:
     names = ("summary", "five-tokens", "unicode", "chunk-plus-one")
-    before = cluster.status("decode-0").counters["steps"]
+    before = cluster.status("decode-0").counters["decode_steps"]
     with ThreadPoolExecutor(len(names)) as threads:
         answers = threads.map(lambda name: answer(client, as_sent(name), greedy(name)), names)
         for name, got in zip(names, answers, strict=True):
             assert got.token_ids == EXPECTED[name]["token_ids"], name
-    steps = cluster.status("decode-0").counters["steps"] - before
+    steps = cluster.status("decode-0").counters["decode_steps"] - before
     tokens = sum(len(EXPECTED[name]["token_ids"]) for name in names)
     assert steps < tokens - len(names), "some step computed more than one sequence"
 
@@ -123,3 +123,19 @@ def test_the_timing_record_names_every_step_in_order(client: Client) -> None:
     ]
     assert sorted(timing.values()) == list(timing.values())
     assert timing["finished"] > timing["first_token"] > 0
+
+
+def test_the_nodes_count_what_their_steps_did(cluster: RunningCluster, client: Client) -> None:
+    before = [cluster.status(name).counters for name in ("prefill-0", "decode-0")]
+    got = answer(client, as_sent("chunk-plus-one"), greedy("chunk-plus-one"))
+    after = [cluster.status(name).counters for name in ("prefill-0", "decode-0")]
+    prefill, decode = (
+        {name: now[name] - then[name] for name in now}
+        for then, now in zip(before, after, strict=True)
+    )
+    assert prefill["prefill_steps"] == 2
+    assert decode["decode_steps"] == len(got.token_ids) - 1
+    for kind, counted in (("prefill", prefill), ("decode", decode)):
+        assert counted[f"{kind}_flops"] > 0
+        assert counted[f"{kind}_bytes_read"] > 0
+        assert counted[f"{kind}_busy_us"] > 0
