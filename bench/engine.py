@@ -23,7 +23,8 @@ from baton.model.catalog import DEFAULT_MODEL, locate, locate_gguf
 from baton.model.spec import ModelSpec, load_spec
 from bench.gguf_file import make_bf16
 from bench.rounds import Measurement, Running, Subject, SubjectFailed, measure
-from engine.accounting import decode_work, prefill_work
+from engine.accounting import step_work
+from engine.segments import Segment
 
 PREFILL_TOKENS = (512, 2048)
 DECODE_BATCHES = (1, 8, 16, 32)
@@ -183,11 +184,12 @@ def _rows(
         peers = {subject: speed for subject, speed in speeds.items() if subject != "baton"}
         best = max(peers, key=lambda subject: peers[subject], default="")
         if kind == "prefill":
-            flops = prefill_work(spec, dtype, 0, task["tokens"]).flops
+            prompt = Segment((0,) * task["tokens"], 0, (), 1)
+            flops = step_work(spec, dtype, [prompt]).flops
             fastest, bound = task["tokens"] / (flops / 1e12 * bounds["matmul"]), "arithmetic"
         else:
-            contexts = [CONTEXT + STEPS // 2] * task["batch"]
-            moved = decode_work(spec, dtype, contexts).bytes_read
+            row = Segment((0,), CONTEXT + STEPS // 2 - 1, (), 1)
+            moved = step_work(spec, dtype, [row] * task["batch"]).bytes_read
             fastest, bound = task["batch"] / (moved / 1e9 * bounds["read"]), "bandwidth"
         rows.append(
             Row(

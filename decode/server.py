@@ -20,7 +20,8 @@ from baton.wire import layout_to_proto, sampling_from_proto
 from decode import scheduler as sched
 from decode.scheduler import DecodeScheduler, LegState
 from engine.block_pool import BlockPool
-from engine.runner import DecodeRow, Runner
+from engine.runner import Runner
+from engine.segments import Segment
 from kvtransfer.incoming import Incoming
 from kvtransfer.link import LinkSettings
 from protos import common_pb2, kvtransfer_pb2_grpc, node_pb2, node_pb2_grpc, registry_pb2
@@ -186,9 +187,10 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
 
     def _run(self, rows: list[sched.Row]) -> list[int]:
         """On the engine's thread."""
-        return self._runner.decode(
-            [DecodeRow(row.token_id, row.position, row.block_table, row.sampling) for row in rows]
-        )
+        segments = [
+            Segment((row.token_id,), row.position, row.block_table, 1, row.sampling) for row in rows
+        ]
+        return [token_id for [token_id] in self._runner.step(segments)]
 
 
 async def serve(

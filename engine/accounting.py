@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from baton.model.spec import ModelSpec
+from engine.segments import Segment
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 OVERHEAD_FACTOR = 2.0
@@ -63,51 +64,37 @@ def matrix_weights(spec: ModelSpec, tokens: int, *, read: bool) -> int:
     return total
 
 
-def prefill_work(spec: ModelSpec, dtype: str, start: int, tokens: int) -> Work:
-    """A chunk of one prompt's tokens from `start` on, and the logits of its last token."""
-    positions = range(start, start + tokens)
-    pairs = {
-        window: sum(min(p + 1, window or p + 1) for p in positions) for window in _windows(spec)
-    }
-    stop = start + tokens
-    seen = {window: min(stop, tokens + window - 1 if window else stop) for window in _windows(spec)}
-    return _work(spec, dtype, tokens, 1, pairs, seen)
-
-
-def decode_work(spec: ModelSpec, dtype: str, contexts: Sequence[int]) -> Work:
-    """One token of each sequence; `contexts` holds the tokens that each sees, itself included."""
-    seen = {
-        window: sum(min(context, window or context) for context in contexts)
-        for window in _windows(spec)
-    }
-    return _work(spec, dtype, len(contexts), len(contexts), seen, seen)
-
-
-def _windows(spec: ModelSpec) -> set[int | None]:
-    return {spec.window_of(layer) for layer in range(spec.layers)}
-
-
-def _work(
-    spec: ModelSpec,
-    dtype: str,
-    tokens: int,
-    logits: int,
-    pairs: dict[int | None, int],
-    seen: dict[int | None, int],
-) -> Work:
-    """`pairs` of tokens that attention joins, and tokens whose KV is `seen`, by a layer's window.
-
-    Attention's scores cost two operations for each pair and element of a head, and their sum over
-    values as many again.
-    """
+def step_work(spec: ModelSpec, dtype: str, segments: Sequence[Segment]) -> Work:
+    """Everything that a step of these segments has to do."""
+    tokens = sum(len(segment.token_ids) for segment in segments)
+    choices = sum(segment.choices for segment in segments)
     head = spec.hidden_size * spec.vocabulary_size
-    flops = 2 * matrix_weights(spec, tokens, read=False) * tokens + 2 * head * logits
-    items = matrix_weights(spec, tokens, read=True) + head
-    for layer in range(spec.layers):
-        window = spec.window_of(layer)
-        flops += 4 * spec.query_heads * spec.head_dim * pairs[window]
-        items += 2 * spec.kv_heads * spec.head_dim * seen[window]
+    flops = 2 * matrix_weights(spec, tokens, read=False) * tokens + 2 * head * choices
+    items = matrix_weights(spec, tokens, read=True) + (head if choices else 0)
+    for window, layers in Counter(spec.window_of(layer) for layer in range(spec.layers)).items():
+        pairs = sum(_pairs(segment, window) for segment in segments)
+        seen = sum(_seen(segment, window) for segment in segments)
+        flops += layers * 4 * spec.query_heads * spec.head_dim * pairs
+        items += layers * 2 * spec.kv_heads * spec.head_dim * seen
     return Work(flops, items * ITEM_BYTES[dtype])
+
+
+def _pairs(segment: Segment, window: int | None) -> int:
+    """Pairs of tokens that attention joins.
+
+    Its scores cost two operations for each pair and element of a head, and their sum over values as
+    many again.
+    """
+    if window is None:
+        return (segment.start + 1 + segment.stop) * len(segment.token_ids) // 2
+    return sum(min(place + 1, window) for place in range(segment.start, segment.stop))
+
+
+def _seen(segment: Segment, window: int | None) -> int:
+    """Tokens whose KV is read."""
+    if window is None:
+        return segment.stop
+    return min(segment.stop, len(segment.token_ids) + window - 1)
 
 
 def bound_of(work: Work, seconds: float, limits: Limits) -> Bound:
@@ -119,11 +106,19 @@ def bound_of(work: Work, seconds: float, limits: Limits) -> Bound:
     return Bound.ARITHMETIC if arithmetic_s > bandwidth_s else Bound.BANDWIDTH
 
 
+class Kind(StrEnum):
+    """What a step is for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class Meter:
     """Adds steps up as counters; rates are quotients of them.
 
-    For `kind` prefill and decode: `kind_steps`, `kind_flops`, `kind_bytes_read`, `kind_busy_us`,
-    and `kind_bound_by_…` for each `Bound`. Achieved operations per second are flops / busy.
+    For each `Kind`: `kind_steps`, `kind_flops`, `kind_bytes_read`,
+    `kind_busy_us`, and `kind_bound_by_…` for each `Bound`. Achieved operations per second are
+    flops / busy.
     """
 
     def __init__(self) -> None:
@@ -135,11 +130,11 @@ class Meter:
     def reset(self) -> None:
         """Set every counter to zero. All are there from the start: who reads may be elsewhere."""
         names = ("steps", "flops", "bytes_read", "busy_us", *(f"bound_by_{b}" for b in Bound))
-        for kind in ("prefill", "decode"):
+        for kind in Kind:
             for name in names:
                 self.counters[f"{kind}_{name}"] = 0
 
-    def add(self, kind: str, work: Work, seconds: float) -> None:
+    def add(self, kind: Kind, work: Work, seconds: float) -> None:
         """Count one step."""
         self.counters[f"{kind}_steps"] += 1
         self.counters[f"{kind}_flops"] += work.flops

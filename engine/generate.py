@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from baton.errors import InvalidRequest
 from baton.sampling import FinishReason, SamplingParams, StopParams
+from engine.accounting import Kind
 from engine.block_pool import BlockPool, blocks_for
-from engine.runner import DecodeRow, PrefillChunk, Runner
+from engine.runner import Runner
+from engine.segments import Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,8 @@ def generate(
             answer.append(token_id)
             if len(answer) == stop.max_tokens:
                 return Answer(tuple(answer), FinishReason.LENGTH)
-            row = DecodeRow(token_id, len(prompt) + len(answer) - 1, block_table, sampling)
-            [token_id] = runner.decode([row])
+            position = len(prompt) + len(answer) - 1
+            [[token_id]] = runner.step([Segment((token_id,), position, block_table, 1, sampling)])
         return Answer(tuple(answer), FinishReason.STOP)
     finally:
         pool.release("answer")
@@ -75,11 +77,9 @@ def _prefill(
     chunk_tokens: int,
 ) -> int:
     """Compute the prompt chunk by chunk; return the answer's first token."""
-    token_id: int | None = None
     for start in range(0, len(prompt), chunk_tokens):
         token_ids = prompt[start : start + chunk_tokens]
         last = start + chunk_tokens >= len(prompt)
-        chunk = PrefillChunk(token_ids, start, block_table, sampling if last else None)
-        token_id = runner.prefill(chunk)
-    assert token_id is not None, "the last chunk gives a token"
-    return token_id
+        chunk = Segment(token_ids, start, block_table, int(last), sampling)
+        [chosen] = runner.step([chunk], kind=Kind.PREFILL)
+    return chosen[0]

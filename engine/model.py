@@ -1,4 +1,4 @@
-"""The forward pass over a paged KV cache: a chunk of one prompt, or one token of many sequences.
+"""The forward pass over a paged KV cache, for any mixture of prompts' chunks and answers' tokens.
 
 One pass serves every family: what a layer has (biases, head norms, experts) its weights say, and
 what it sees (rotary positions or none, a window or all) the spec.
@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from baton.model.spec import ModelSpec
+from engine.attention import StepAttention
 from engine.kv_cache import PagedKvCache
 from engine.linear import Linear
 from engine.operations import (
-    decode_attention,
     mixture,
-    prefill_attention,
     rms_norm,
     rotary_table,
     rotate,
     silu_mul,
 )
+from engine.segments import Segment
 from engine.weights import LayerWeights, ModelWeights
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
@@ -83,111 +83,36 @@ class Llama:
         self._layers = tuple(_ready(weights.layers.pop(0), spec) for _ in range(spec.layers))
         self._norm = weights.norm
         self._head = Linear(weights.head)
-        self._windows = {spec.window_of(layer) for layer in range(spec.layers)}
         scaling, theta = spec.rope_scaling, spec.rope_theta
         divisors = None if scaling is None else scaling.divisors(spec.head_dim, theta)
         self._cosines, self._sines = rotary_table(
             spec.head_dim, spec.context_length, theta, cache.device, divisors
         )
 
-    def prefill(
-        self,
-        token_ids: Sequence[int],
-        start: int,
-        block_table: Sequence[int],
-        on_layer: Callable[[int], None] | None,
+    def forward(
+        self, segments: Sequence[Segment], on_layer: Callable[[int], None] | None = None
     ) -> torch.Tensor:
-        """Compute a prompt's tokens from `start` on; the earlier ones are in the cache.
+        """Compute a step; every segment's earlier tokens are in the cache.
 
-        Calls `on_layer(layer)` once the chunk's KV of that layer is in the cache. Returns the
-        float32 logits of the chunk's last token, [vocabulary].
+        Calls `on_layer(layer)` once the step's KV of that layer is in the cache. Returns float32
+        logits [choices of all segments, vocabulary], in order.
         """
-        stop = start + len(token_ids)
-        slots = self._cache.slots_of(block_table, 0, stop)
-        seen = {window: self._chunk_context(start, stop, window) for window in self._windows}
-
-        def attend(layer: int, queries: torch.Tensor) -> torch.Tensor:
-            first, mask = seen[self._spec.window_of(layer)]
-            keys, values = self._cache.read(layer, slots[first:])
-            return prefill_attention(queries, keys, values, mask)
-
-        positions = torch.arange(start, stop, device=self._cache.device)
-        hidden = self._run_layers(token_ids, positions, slots[start:], attend, on_layer)
-        return self._logits(hidden[-1:])[0]
-
-    def decode(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-    ) -> torch.Tensor:
-        """Feed one token of each sequence at its position; return float32 logits [rows, vocab]."""
         device = self._cache.device
-        places = torch.tensor(positions)  # [rows]
-        tables = self._padded_tables(places, block_tables)
-        seen = {window: self._padded_context(places, tables, window) for window in self._windows}
-        size = self._cache.block_size
-        own_blocks = tables.gather(1, places[:, None] // size)[:, 0]
-        slots = (own_blocks * size + places % size).to(device)  # [rows]: each row's own place
-
-        def attend(layer: int, queries: torch.Tensor) -> torch.Tensor:
-            context, mask = seen[self._spec.window_of(layer)]
-            keys, values = self._cache.read(layer, context)
-            return decode_attention(queries, keys, values, mask)
-
-        hidden = self._run_layers(token_ids, places.to(device), slots, attend, None)
+        token_ids = torch.tensor([t for segment in segments for t in segment.token_ids])
+        positions = torch.tensor([p for s in segments for p in range(s.start, s.stop)])
+        slots = torch.cat([self._cache.slots_of(s.block_table, s.start, s.stop) for s in segments])
+        attention = StepAttention(self._spec, self._cache, segments)
+        hidden = self._run_layers(
+            token_ids.to(device), positions.to(device), slots, attention.attend, on_layer
+        )
+        wanted = _wanted(segments)
+        if len(wanted) < len(hidden):
+            hidden = hidden[torch.tensor(wanted, dtype=torch.int64, device=device)]
         return self._logits(hidden)
-
-    def _chunk_context(
-        self, start: int, stop: int, window: int | None
-    ) -> tuple[int, torch.Tensor | None]:
-        """The first token that any of a chunk's tokens sees, and which of those from there on each.
-
-        The mask is bool [stop - start, stop - first], or None where all that matters is order.
-        """
-        if start == 0 and (window is None or stop <= window):
-            return 0, None
-        first = 0 if window is None else max(0, start - window + 1)
-        queries = torch.arange(start, stop, device=self._cache.device)[:, None]
-        keys = torch.arange(first, stop, device=self._cache.device)[None, :]
-        mask = keys <= queries
-        return first, mask if window is None else mask & (keys > queries - window)
-
-    def _padded_tables(
-        self, places: torch.Tensor, block_tables: Sequence[Sequence[int]]
-    ) -> torch.Tensor:
-        """The blocks of each row up to its place, int64 [rows, most]; padded with zeros."""
-        size = self._cache.block_size
-        tables = torch.zeros((len(places), int(places.max()) // size + 1), dtype=torch.int64)
-        for row, (table, place) in enumerate(zip(block_tables, places.tolist(), strict=True)):
-            used = table[: place // size + 1]
-            tables[row, : len(used)] = torch.tensor(used)
-        return tables
-
-    def _padded_context(
-        self, places: torch.Tensor, tables: torch.Tensor, window: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots of the tokens each row sees, its place the last, and which are no padding.
-
-        Takes int64 [rows], returns int64 [rows, longest] and bool [rows, 1, 1, longest]. Padding
-        repeats the row's last slot: what lies in a block of another owner, or none, must not be
-        read even under a mask.
-        """
-        size = self._cache.block_size
-        longest = int(places.max()) + 1
-        first = torch.zeros_like(places)  # [rows]
-        if window is not None:
-            longest = min(longest, window)
-            first = (places - window + 1).clamp(min=0)
-        tokens = first[:, None] + torch.arange(longest)
-        own = torch.minimum(tokens, places[:, None])  # [rows, longest]
-        slots = tables.gather(1, own // size) * size + own % size
-        mask = (tokens <= places[:, None])[:, None, None, :]
-        return slots.to(self._cache.device), mask.to(self._cache.device)
 
     def _run_layers(
         self,
-        token_ids: Sequence[int],
+        token_ids: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
         attend: Attend,
@@ -196,8 +121,7 @@ class Llama:
         """Run every layer over [tokens]; write their KV to `slots`; return [tokens, hidden]."""
         cosines = self._cosines[positions].to(self._cache.dtype)
         sines = self._sines[positions].to(self._cache.dtype)  # each [tokens, head_dim]
-        ids = torch.tensor(token_ids, device=self._cache.device)
-        hidden = F.embedding(ids, self._embedding)
+        hidden = F.embedding(token_ids, self._embedding)
         for number, layer in enumerate(self._layers):
             queries = self._project(number, layer, hidden, cosines, sines, slots)
             if on_layer is not None:
@@ -235,3 +159,13 @@ class Llama:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(hidden, self._norm, self._spec.rms_norm_eps)
         return self._head(normed).float()
+
+
+def _wanted(segments: Sequence[Segment]) -> list[int]:
+    """Places in the step of the tokens after which one is chosen."""
+    wanted: list[int] = []
+    end = 0
+    for segment in segments:
+        end += len(segment.token_ids)
+        wanted += range(end - segment.choices, end)
+    return wanted

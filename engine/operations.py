@@ -81,7 +81,7 @@ def mixture(
     return out
 
 
-def prefill_attention(
+def chunk_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Causal attention of one sequence's chunk over all of its tokens so far.
@@ -102,20 +102,27 @@ def prefill_attention(
     return out[0].transpose(0, 1).reshape(queries.shape[0], -1)
 
 
-def decode_attention(
+def batch_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Attention of one new token of each sequence over that sequence's context.
+    """Attention of a few new tokens of each sequence over that sequence's context.
 
-    queries [rows, query_heads, head_dim]; keys and values [rows, context, kv_heads, head_dim],
-    padded; mask bool [rows, 1, 1, context], False on padding. Returns [rows, query_heads *
-    head_dim].
+    queries [rows, tokens, query_heads, head_dim]; keys and values [rows, context, kv_heads,
+    head_dim], padded; mask bool [rows, tokens, context], False on padding. Returns [rows, tokens,
+    query_heads * head_dim].
     """
-    rows, query_heads, head_dim = queries.shape
+    rows, tokens, query_heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
+    group = query_heads // kv_heads
     # The query heads that share a KV head become its rows, so that each key is read once for them.
-    grouped = queries.view(rows, kv_heads, query_heads // kv_heads, head_dim)
+    grouped = queries.view(rows, tokens, kv_heads, group, head_dim)
+    grouped = grouped.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * tokens, head_dim)
+    if tokens == 1:
+        seen = mask[:, None]  # [rows, 1, 1, context]
+    else:
+        seen = mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
     out = F.scaled_dot_product_attention(
-        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask
+        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=seen
     )
-    return out.reshape(rows, query_heads * head_dim)
+    ordered = out.view(rows, kv_heads, group, tokens, head_dim).permute(0, 3, 1, 2, 4)
+    return ordered.reshape(rows, tokens, query_heads * head_dim)

@@ -19,8 +19,10 @@ from baton.legs import Legs
 from baton.node import Identity, run_node
 from baton.sampling import SamplingParams
 from baton.wire import layout_to_proto, sampling_from_proto
+from engine.accounting import Kind
 from engine.block_pool import BlockPool
-from engine.runner import PrefillChunk, Runner
+from engine.runner import Runner
+from engine.segments import Segment
 from kvtransfer.layout import Unit
 from kvtransfer.link import LinkSettings
 from kvtransfer.outgoing import Outgoing
@@ -205,13 +207,10 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
             unit = Unit(layer, plan.start, plan.stop)
             self._loop.call_soon_threadsafe(self._outgoing.unit_ready, plan.ticket, unit)
 
-        chunk = PrefillChunk(
-            prompt.token_ids[plan.start : plan.stop],
-            plan.start,
-            plan.block_table,
-            prompt.sampling if plan.last else None,
-        )
-        return self._runner.prefill(chunk, on_layer)
+        token_ids = prompt.token_ids[plan.start : plan.stop]
+        chunk = Segment(token_ids, plan.start, plan.block_table, int(plan.last), prompt.sampling)
+        [chosen] = self._runner.step([chunk], on_layer, Kind.PREFILL)
+        return chosen[0] if plan.last else None
 
 
 async def serve(

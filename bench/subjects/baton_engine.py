@@ -12,12 +12,11 @@ import torch
 from serving import prompt_ids, serve
 
 from baton.model.spec import load_spec
-from baton.sampling import SamplingParams
-from engine.runner import DecodeRow, PrefillChunk, Runner
+from engine.runner import Runner
+from engine.segments import Segment
 
 _BLOCK = 16
 _CHUNK_TOKENS = 512
-_GREEDY = SamplingParams()
 
 
 class Engine:
@@ -37,21 +36,18 @@ class Engine:
         begun = time.perf_counter()
         for step in range(steps):
             rows = [
-                DecodeRow(token_id, context + step, table, _GREEDY)
+                Segment((token_id,), context + step, table, 1)
                 for token_id, table in zip(token_ids, tables, strict=True)
             ]
-            token_ids = self._runner.decode(rows)
+            token_ids = [token_id for [token_id] in self._runner.step(rows)]
         return time.perf_counter() - begun
 
     def _prefill(self, prompt: list[int], table: tuple[int, ...]) -> int:
-        token_id: int | None = None
         for start in range(0, len(prompt), _CHUNK_TOKENS):
             part = tuple(prompt[start : start + _CHUNK_TOKENS])
             last = start + _CHUNK_TOKENS >= len(prompt)
-            chunk = PrefillChunk(part, start, table, _GREEDY if last else None)
-            token_id = self._runner.prefill(chunk)
-        assert token_id is not None
-        return token_id
+            [chosen] = self._runner.step([Segment(part, start, table, int(last))])
+        return chosen[0]
 
 
 if __name__ == "__main__":

@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 
 from baton.model.layer_rules import Experts
+from baton.model.spec import ModelSpec
 from baton.sampling import SamplingParams, StopParams
 from engine.accounting import (
     Bound,
+    Kind,
     Limits,
     Meter,
     Work,
     bound_of,
-    decode_work,
     matrix_weights,
-    prefill_work,
+    step_work,
 )
 from engine.generate import generate
+from engine.segments import Segment
 from tests.engine.tiny import tiny_runner
 from tests.router.samples import SPEC
 
@@ -34,7 +36,16 @@ SMALL = replace(
     vocabulary_size=49152,
 )
 WEIGHTS = matrix_weights(SMALL, 1, read=True)
+PROMPT = (1, 44, 7)
 KV_BYTES = 23_040  # of a token, in bfloat16
+
+
+def prefill_work(spec: ModelSpec, dtype: str, start: int, tokens: int) -> Work:
+    return step_work(spec, dtype, [Segment((0,) * tokens, start, (), 1)])
+
+
+def decode_work(spec: ModelSpec, dtype: str, contexts: list[int]) -> Work:
+    return step_work(spec, dtype, [Segment((0,), context - 1, (), 1) for context in contexts])
 
 
 def test_the_default_model_has_135_million_weights() -> None:
@@ -64,6 +75,12 @@ def test_the_chunks_of_a_prompt_add_up_to_the_whole_but_for_the_logits() -> None
 
 def test_a_decode_step_is_a_chunk_of_one_token() -> None:
     assert decode_work(SMALL, "bfloat16", [100]) == prefill_work(SMALL, "bfloat16", 99, 1)
+
+
+def test_a_step_that_chooses_nothing_reads_no_head() -> None:
+    chunk = Segment((0,) * 64, 0, ())
+    silent, choosing = (step_work(SMALL, "bfloat16", [replace(chunk, choices=n)]) for n in (0, 1))
+    assert choosing.bytes_read - silent.bytes_read == 2 * 49152 * 576
 
 
 def test_a_windowed_layer_sees_no_more_than_its_window() -> None:
@@ -100,9 +117,9 @@ def test_a_step_sits_at_the_bound_that_explains_its_time(
 
 def test_steps_add_up() -> None:
     meter = Meter()
-    meter.add("decode", Work(7, 5), 0.001)
+    meter.add(Kind.DECODE, Work(7, 5), 0.001)
     meter.limits = Limits(1.0, 1.0)
-    meter.add("decode", Work(3, 2), 0.002)
+    meter.add(Kind.DECODE, Work(3, 2), 0.002)
     assert +meter.counters == {
         "decode_steps": 2,
         "decode_flops": 10,
@@ -117,13 +134,13 @@ def test_a_runner_counts_every_step_and_none_of_its_warm_up(tiny_folder: Path) -
     runner.warm_up()
     assert +runner.meter.counters == {}
     assert runner.meter.limits is not None
-    generate(runner, (1, 44, 7), SamplingParams(), StopParams(5, ignore_eos=True), chunk_tokens=2)
+    generate(runner, PROMPT, SamplingParams(), StopParams(5, ignore_eos=True), chunk_tokens=2)
     counted = runner.meter.counters
     assert (counted["prefill_steps"], counted["decode_steps"]) == (2, 4)
     assert counted["decode_flops"] == sum(
         decode_work(runner.spec, "float32", [tokens]).flops for tokens in (4, 5, 6, 7)
     )
-    for kind in ("prefill", "decode"):
+    for kind in Kind:
         bounds = [counted[f"{kind}_bound_by_{bound}"] for bound in Bound]
         assert sum(bounds) == counted[f"{kind}_steps"]
         assert counted[f"{kind}_busy_us"] > 0

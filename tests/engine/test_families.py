@@ -18,7 +18,7 @@ from baton.model.spec import load_spec
 from engine.kv_cache import PagedKvCache
 from engine.model import Llama
 from engine.weights import load_weights
-from tests.engine.tiny import CPU, load_tiny, poison
+from tests.engine.tiny import CPU, feed, load_tiny, next_tokens, poison
 from tests.fixtures.family_weights import (
     FAMILIES,
     NAMES,
@@ -66,7 +66,7 @@ def test_prefill_equals_transformers_at_the_end_of_every_chunk(
     with torch.inference_mode():
         for start in range(0, len(PROMPT), chunk):
             token_ids = PROMPT[start : start + chunk]
-            logits = model.prefill(token_ids, start, TABLE, None)
+            logits = feed(model, token_ids, start, TABLE)
             close(logits, wanted[start + len(token_ids) - 1])
 
 
@@ -81,10 +81,10 @@ def test_decode_in_a_batch_equals_transformers_token_by_token(
     lengths = [2, 13, 7]
     with torch.inference_mode():
         for table, length in zip(tables, lengths, strict=True):
-            model.prefill(PROMPT[:length], 0, table, None)
+            feed(model, PROMPT[:length], 0, table)
         for step in range(len(PROMPT) - max(lengths)):
             places = [length + step for length in lengths]
-            logits = model.decode([PROMPT[place] for place in places], places, tables)
+            logits = next_tokens(model, [PROMPT[place] for place in places], places, tables)
             close(logits, wanted[places])
 
 
@@ -95,14 +95,14 @@ def test_what_lies_outside_the_window_is_not_read(folders: dict[str, Path], name
     spec = model._spec
     assert spec.window is not None
     with torch.inference_mode():
-        model.prefill(PROMPT[:16], 0, TABLE, None)
+        feed(model, PROMPT[:16], 0, TABLE)
         for layer in spec.windowed_layers:
             for block in TABLE[: (16 - spec.window + 1) // cache.block_size]:
                 cache.keys[layer][block] = float("nan")
                 cache.values[layer][block] = float("nan")
-        [logits] = model.decode([PROMPT[16]], [16], [TABLE])
+        [logits] = next_tokens(model, [PROMPT[16]], [16], [TABLE])
         close(logits, expected(name)[16])
-        close(model.prefill(PROMPT[17:20], 17, TABLE, None), expected(name)[19])
+        close(feed(model, PROMPT[17:20], 17, TABLE), expected(name)[19])
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,5 @@ def test_what_sets_a_family_apart_shows_in_its_logits(
     cache = PagedKvCache(spec, 24, 4, torch.float32, CPU)
     model = Llama(spec, load_weights(folders[name], spec, torch.float32, CPU), cache)
     with torch.inference_mode():
-        logits = model.prefill(PROMPT, 0, TABLE, None)
+        logits = feed(model, PROMPT, 0, TABLE)
     assert (logits - expected(name)[-1]).abs().max() > 0.01

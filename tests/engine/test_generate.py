@@ -10,7 +10,8 @@ from baton.errors import InvalidRequest
 from baton.sampling import FinishReason, SamplingParams, StopParams
 from engine.block_pool import NotEnoughBlocks
 from engine.generate import generate
-from engine.runner import DecodeRow, PrefillChunk, Runner
+from engine.runner import Runner
+from engine.segments import Segment
 from tests.engine.tiny import dense_logits, poison, tiny_runner, tiny_weights
 
 GREEDY = SamplingParams()
@@ -91,16 +92,36 @@ def test_a_cache_that_is_too_small_says_so(tiny_folder: Path) -> None:
 
 
 def test_only_the_last_chunk_gives_a_token(runner: Runner) -> None:
-    assert runner.prefill(PrefillChunk(PROMPT[:4], 0, (0, 1), None)) is None
-    assert isinstance(runner.prefill(PrefillChunk(PROMPT[4:], 4, (0, 1), GREEDY)), int)
+    assert runner.step([Segment(PROMPT[:4], 0, (0, 1))]) == [[]]
+    [[token_id]] = runner.step([Segment(PROMPT[4:], 4, (0, 1), 1)])
+    assert token_id == generate(runner, PROMPT, GREEDY, StopParams(1)).token_ids[0]
 
 
-def test_a_mixed_step_gives_each_row_what_it_would_get_alone(runner: Runner) -> None:
+def test_a_mixed_step_gives_each_segment_what_it_would_get_alone(runner: Runner) -> None:
+    """A long chunk, a short one, one answer's next token, and another's with guesses behind it."""
     for table in ((0, 1), (2, 3)):
-        runner.prefill(PrefillChunk(PROMPT, 0, table, None))
-    rows = [DecodeRow(50, 6, (0, 1), GREEDY), DecodeRow(51, 6, (2, 3), SAMPLED)]
-    assert runner.decode(rows) == [runner.decode([row])[0] for row in rows]
-    assert runner.decode([]) == []
+        runner.step([Segment(PROMPT, 0, table)])
+    long = tuple((number * 7 + 3) % 97 for number in range(40))
+    segments = [
+        Segment((50,), 6, (0, 1), 1),
+        Segment(long, 0, tuple(range(4, 14)), 1, SAMPLED),
+        Segment((51, 60, 61), 6, (2, 3, 14), 3, SAMPLED),
+        Segment(PROMPT[:5], 0, (16, 15)),
+    ]
+    alone = [runner.step([segment])[0] for segment in segments]
+    assert [len(token_ids) for token_ids in alone] == [1, 1, 3, 0]
+    assert runner.step(segments) == alone
+    assert runner.step(segments[::-1]) == alone[::-1]
+
+
+def test_guesses_are_answered_as_if_they_had_come_one_by_one(runner: Runner) -> None:
+    runner.step([Segment(PROMPT, 0, (0, 1, 2))])
+    guesses = (51, 60, 61, 7)
+    one_by_one = [
+        runner.step([Segment((token_id,), 6 + number, (0, 1, 2), 1, SAMPLED)])[0][0]
+        for number, token_id in enumerate(guesses)
+    ]
+    assert runner.step([Segment(guesses, 6, (0, 1, 2), 4, SAMPLED)]) == [one_by_one]
 
 
 @pytest.mark.parametrize(("blocks", "block_size"), [(1, 1), (2, 1), (1, 16)])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from baton.errors import UnsupportedModel
 from baton.model import load_spec
 from baton.model.gguf_import import import_gguf
-from tests.engine.tiny import load_tiny, poison
+from tests.engine.tiny import feed, load_tiny, poison
 from tests.fixtures.family_gguf import (
     ARCHITECTURES,
     Pack,
@@ -60,7 +60,7 @@ def test_the_logits_are_those_of_the_original(tmp_path: Path, name: str) -> None
     poison(cache)
     wanted = load_file(FAMILIES / name / "logits.safetensors")["logits"]
     with torch.inference_mode():
-        logits = model.prefill(PROMPT, 0, TABLE, None)
+        logits = feed(model, PROMPT, 0, TABLE)
     torch.testing.assert_close(logits, wanted[-1], rtol=0, atol=1e-4)
 
 

@@ -9,7 +9,15 @@ import torch
 
 from engine.kv_cache import PagedKvCache
 from engine.model import Llama
-from tests.engine.tiny import dense_logits, load_tiny, poison, tiny_weights, write_folder
+from tests.engine.tiny import (
+    dense_logits,
+    feed,
+    load_tiny,
+    next_tokens,
+    poison,
+    tiny_weights,
+    write_folder,
+)
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # float32 against float64, logits of size 1 to 10
 PROMPT = [(number * 31 + 5) % 97 for number in range(22)]
@@ -26,7 +34,7 @@ def prefill_all(
     """Logits after the whole prompt, computed in chunks."""
     with torch.inference_mode():
         for start in range(0, len(prompt), chunk):
-            logits = model.prefill(prompt[start : start + chunk], start, table, None)
+            logits = feed(model, prompt[start : start + chunk], start, table)
     return logits
 
 
@@ -42,7 +50,7 @@ def test_prefill_equals_the_dense_reference_at_the_end_of_every_chunk(
     with torch.inference_mode():
         for start in range(0, len(PROMPT), chunk):
             token_ids = PROMPT[start : start + chunk]
-            logits = model.prefill(token_ids, start, TABLE, None)
+            logits = feed(model, token_ids, start, TABLE)
             close(logits, wanted[start + len(token_ids) - 1])
 
 
@@ -53,7 +61,7 @@ def test_decode_equals_the_dense_reference_across_block_borders(tiny_folder: Pat
     prefill_all(model, PROMPT[:6], TABLE)
     with torch.inference_mode():
         for position in range(6, len(PROMPT)):
-            [logits] = model.decode([PROMPT[position]], [position], [TABLE])
+            [logits] = next_tokens(model, [PROMPT[position]], [position], [TABLE])
             close(logits, wanted[position])
 
 
@@ -66,9 +74,11 @@ def test_a_batch_answers_as_each_row_would_alone(tiny_folder: Path) -> None:
         if prompt[:-1]:
             prefill_all(model, prompt[:-1], table)
     with torch.inference_mode():
-        together = model.decode([p[-1] for p in prompts], [len(p) - 1 for p in prompts], tables)
+        together = next_tokens(
+            model, [p[-1] for p in prompts], [len(p) - 1 for p in prompts], tables
+        )
         for row, (prompt, table) in enumerate(zip(prompts, tables, strict=True)):
-            [alone] = model.decode([prompt[-1]], [len(prompt) - 1], [table])
+            [alone] = next_tokens(model, [prompt[-1]], [len(prompt) - 1], [table])
             torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-5)
             close(together[row], dense_logits(tiny_weights(), prompt)[-1])
 
@@ -83,7 +93,7 @@ def test_what_other_blocks_hold_never_reaches_a_result(tiny_folder: Path) -> Non
         prefill_all(model, prompt[:-1], table)
     poison(cache, keep=(1, 2, 3, 4, 5))  # the first row's KV is lost
     with torch.inference_mode():
-        logits = model.decode([p[-1] for p in prompts], [len(p) - 1 for p in prompts], tables)
+        logits = next_tokens(model, [p[-1] for p in prompts], [len(p) - 1 for p in prompts], tables)
     assert logits[0].isnan().all()
     for row in (1, 2):
         close(logits[row], dense_logits(tiny_weights(), prompts[row])[-1])
@@ -95,7 +105,7 @@ def test_a_block_table_may_be_longer_than_the_sequence(tiny_folder: Path) -> Non
     wanted = dense_logits(tiny_weights(), PROMPT[:6])
     prefill_all(model, PROMPT[:5], TABLE)
     with torch.inference_mode():
-        close(model.decode([PROMPT[5]], [5], [TABLE])[0], wanted[-1])
+        close(next_tokens(model, [PROMPT[5]], [5], [TABLE])[0], wanted[-1])
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 32])
@@ -117,7 +127,7 @@ def test_each_layer_is_named_once_its_kv_is_whole(tiny_folder: Path) -> None:
 
     prefill_all(model, PROMPT[:8], TABLE)
     with torch.inference_mode():
-        model.prefill(PROMPT[8:13], 8, TABLE, on_layer)
+        feed(model, PROMPT[8:13], 8, TABLE, on_layer)
     assert [layer for layer, _ in spans] == [0, 1, 2]
     for layer, span in spans:
         assert torch.isfinite(span).all()
@@ -132,7 +142,7 @@ def test_decode_continues_on_a_cache_that_was_handed_over(tiny_folder: Path) -> 
     prefill_all(sender, PROMPT[:-1], TABLE)
     hand_over(source, target, len(PROMPT) - 1)
     with torch.inference_mode():
-        [logits] = receiver.decode([PROMPT[-1]], [len(PROMPT) - 1], [(3, 1)])
+        [logits] = next_tokens(receiver, [PROMPT[-1]], [len(PROMPT) - 1], [(3, 1)])
     close(logits, dense_logits(tiny_weights(), PROMPT)[-1])
 
 

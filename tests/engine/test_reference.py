@@ -17,6 +17,7 @@ from baton.sampling import SamplingParams, StopParams
 from engine.block_pool import blocks_for
 from engine.generate import generate
 from engine.runner import Runner
+from tests.engine.tiny import feed
 from tests.fixtures.prompts import PROMPTS
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "expected_tokens.json"
@@ -50,4 +51,4 @@ def first_logits(runner: Runner, prompt: list[int]) -> torch.Tensor:
     """Through the model itself: the runner gives out tokens only."""
     blocks = tuple(range(blocks_for(len(prompt), runner.cache.block_size)))
     with torch.inference_mode():
-        return runner._model.prefill(prompt, 0, blocks, None)
+        return feed(runner._model, prompt, 0, blocks)

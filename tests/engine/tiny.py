@@ -7,7 +7,7 @@ answers must lie within float32's rounding of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from baton.model.spec import ModelSpec, load_spec
 from engine.kv_cache import PagedKvCache
 from engine.model import Llama
 from engine.runner import Runner
+from engine.segments import Segment
 from engine.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -103,6 +104,28 @@ def tiny_runner(folder: Path, blocks: int = 24, block_size: int = 4) -> Runner:
     spec = load_spec(folder)
     cache = PagedKvCache(spec, blocks, block_size, torch.float32, CPU)
     return Runner(spec, load_weights(folder, spec, torch.float32, CPU), cache)
+
+
+def feed(
+    model: Llama,
+    token_ids: Sequence[int],
+    start: int,
+    table: Sequence[int],
+    on_layer: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Compute a chunk of one prompt; logits [vocabulary] after its last token."""
+    return model.forward([Segment(tuple(token_ids), start, tuple(table), 1)], on_layer)[0]
+
+
+def next_tokens(
+    model: Llama,
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    tables: Sequence[Sequence[int]],
+) -> torch.Tensor:
+    """Feed one token of each sequence; logits [sequences, vocabulary]."""
+    rows = zip(token_ids, positions, tables, strict=True)
+    return model.forward([Segment((t,), place, tuple(table), 1) for t, place, table in rows])
 
 
 def poison(cache: PagedKvCache, keep: Sequence[int] = ()) -> None:
