@@ -46,3 +46,8 @@ class BlockChain:
             last = blake3(last + struct.pack(f"<{size}i", *rest[begin : begin + size])).digest()
             self.hashes.append(last)
         self._rest = rest[full:]
+
+
+def chain_of(block_size: int, salt: str, token_ids: Sequence[int]) -> list[BlockHash]:
+    """The names of a sequence's full blocks."""
+    return BlockChain(block_size, salt, token_ids).hashes

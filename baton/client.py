@@ -44,6 +44,7 @@ class Options:
     min_p: float | None = None
     seed: int | None = None
     ignore_eos: bool = False
+    cache_salt: str = ""
     request_id: str = ""
     model: str = ""
     timeout_s: float | None = None
@@ -60,13 +61,17 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """How the answer ended. `timing` holds seconds since the router received the request."""
+    """How the answer ended. `timing` holds seconds since the router received the request.
+
+    `cached_tokens` of the prompt were not computed for it: they were there from another.
+    """
 
     request_id: str
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     seed: int
+    cached_tokens: int = 0
     timing: Timing = field(default_factory=dict)
 
 
@@ -228,6 +233,7 @@ def _request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
             seed=options.seed,
         ),
         stop=common_pb2.StopParams(max_tokens=options.max_tokens, ignore_eos=options.ignore_eos),
+        cache_salt=options.cache_salt,
     )
     if isinstance(prompt, str):
         request.text = prompt
@@ -252,6 +258,7 @@ def _completion(response: inference_pb2.GenerateResponse, timing: Timing) -> Com
         complete.prompt_tokens,
         complete.completion_tokens,
         complete.seed,
+        complete.cached_tokens,
         timing,
     )
 

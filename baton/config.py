@@ -54,8 +54,16 @@ class Config(BaseModel):
     threads: int = _option(1, "compute threads of this node", _NODES, ge=1, le=1024)
     block_size: int = _option(16, "tokens in a KV block", _NODES, ge=1, le=1024)
     kv_memory_mib: int = _option(1024, "memory for the paged KV cache, MiB", _NODES, ge=1)
-    chunk_tokens: int = _option(
-        256, "most prompt tokens computed in one step", ("prefill",), ge=1, le=1 << 20
+    step_tokens: int = _option(256, "most tokens computed in one step", _NODES, ge=1, le=1 << 20)
+    age_limit_s: float = _option(
+        5.0, "a prompt that waits longer goes before more urgent ones, seconds", ("prefill",), gt=0
+    )
+    watermark: float = _option(
+        0.01,
+        "part of the KV blocks kept free for running sequences when one is taken in",
+        ("decode",),
+        ge=0,
+        le=0.5,
     )
     max_running: int = _option(32, "most sequences in one decode step", ("decode",), ge=1, le=4096)
     max_waiting: int = _option(

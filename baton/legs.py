@@ -117,8 +117,11 @@ class Legs:
             events, stream.events = stream.events, []
             await context.write(node_pb2.LegEvents(events=events))
 
-    def started(self, ticket: Ticket) -> None:
-        self._report(ticket, started=node_pb2.Started())
+    def started(self, ticket: Ticket, cached_tokens: int) -> None:
+        self._report(ticket, started=node_pb2.Started(cached_tokens=cached_tokens))
+
+    def degraded(self, ticket: Ticket, reason: str) -> None:
+        self._report(ticket, degraded=node_pb2.Degraded(reason=reason))
 
     def token(self, ticket: Ticket, index: int, token_id: int) -> None:
         self._report(ticket, tokens=node_pb2.Tokens(index=index, token_ids=[token_id]))

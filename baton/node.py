@@ -12,11 +12,13 @@ from typing import Protocol
 import grpc.aio
 import structlog
 
+from baton.cache_events import CacheNews
 from baton.config import Config, join_address, split_address
 from baton.errors import BatonError, NodeStopping
 from baton.ids import new_epoch
 from baton.registry_client import Membership
 from baton.rpc import Server
+from baton.wire import cache_messages
 from protos import (
     common_pb2,
     node_pb2,
@@ -54,6 +56,12 @@ class Node(Protocol):
 
     def status(self) -> node_pb2.NodeStatus: ...
 
+    def cache_news(self, number: int | None) -> CacheNews:
+        """What the prefix cache stored and removed from the event of this number on.
+
+        Everything it holds where `number` is None or too old to go on from.
+        """
+
     def tick(self, now: float) -> None:
         """Let time pass in the pure parts."""
 
@@ -74,6 +82,18 @@ class _NodeService(node_pb2_grpc.NodeServicer):
         self, request: node_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> node_pb2.NodeStatus:
         return self._node.status()
+
+    async def WatchCache(
+        self, request: node_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        number = request.next_number if request.epoch == self._node.identity.epoch else None
+        while True:
+            news = self._node.cache_news(number)
+            if news.anew or news.events:
+                for message in cache_messages(self._node.identity.epoch, news):
+                    await context.write(message)
+            number = news.next_number
+            await asyncio.sleep(TICK_S)
 
 
 async def run_node(

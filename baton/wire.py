@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from baton.cache_events import CacheEvent, CacheNews, Removed, Stored
 from baton.ids import Ticket
 from baton.kv_layout import Layout
 from baton.sampling import FinishReason, SamplingParams, StopParams
@@ -11,6 +14,8 @@ _FINISH_REASONS = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
 }
+
+CACHE_EVENTS_PER_MESSAGE = 2048
 
 
 def ticket_to_proto(ticket: Ticket) -> common_pb2.Ticket:
@@ -76,3 +81,36 @@ def layout_from_proto(message: common_pb2.KvLayout) -> Layout:
         message.kv_heads,
         message.head_dim,
     )
+
+
+def cache_messages(epoch: int, news: CacheNews) -> Iterator[node_pb2.CacheEvents]:
+    """News of a node's prefix cache, in messages of a bounded size; at least one."""
+    for begin in range(0, max(1, len(news.events)), CACHE_EVENTS_PER_MESSAGE):
+        end = begin + CACHE_EVENTS_PER_MESSAGE
+        yield node_pb2.CacheEvents(
+            epoch=epoch,
+            anew=news.anew and begin == 0,
+            next_number=news.next_number if end >= len(news.events) else 0,
+            events=[_cache_event(event) for event in news.events[begin:end]],
+        )
+
+
+def _cache_event(event: CacheEvent) -> node_pb2.CacheEvent:
+    match event:
+        case Stored(block, parent):
+            stored = node_pb2.StoredBlock(block=block, parent=parent or b"")
+            return node_pb2.CacheEvent(stored=stored)
+        case Removed(block):
+            return node_pb2.CacheEvent(removed=block)
+
+
+def cache_events_from_proto(message: node_pb2.CacheEvents) -> list[CacheEvent]:
+    """The inverse, of one message. Events that we do not know are left out."""
+    events: list[CacheEvent] = []
+    for event in message.events:
+        match event.WhichOneof("event"):
+            case "stored":
+                events.append(Stored(event.stored.block, event.stored.parent or None))
+            case "removed":
+                events.append(Removed(event.removed))
+    return events

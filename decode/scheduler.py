@@ -1,14 +1,23 @@
-"""What a decode node does next: continuous batching over leased blocks. Pure.
+"""What a decode node does next: continuous batching over paged blocks. Pure.
 
 A leg is one ticket's stay on this node:
 
     Arrive ─▶ WAITING ─blocks─▶ RECEIVING ─Committed─▶ RUNNING ─last token─▶ (gone)
+                 │                                 blocks │ ▲ blocks again
+                 │                                run out ▼ │
+                 │                                    PREEMPTED
                  └── Cancel, deadline, a failed hand-off: ENDING until no step and no link uses
                      the blocks ──────────────────────────────────────────▶ (gone)
 
-Kept true: blocks for the whole answer are leased before the hand-off begins, so a running leg never
-runs out; they are released once, when no step is running on them and the hand-off has let go of
-them (P5, P7). Tokens leave in the order of their index. A leg that goes ends with `Released`.
+A leg is taken in with blocks for its prompt, and grows by a block when it needs one. When none is
+left, the leg that came last gives its blocks up; its KV is computed again, from what the prefix
+cache still has of it, once it has blocks anew.
+
+Kept true: whoever came first is never made to wait by who came later, but for hand-offs that have
+begun, and those end; so the oldest leg always gets on, and then the next. Blocks are let go of
+once, when no step is running on them and the hand-off has let go of them (P5, P7). Tokens leave in
+the order of their index. A leg that goes ends with `Released`. After a step of several rows has
+failed, each of them is tried alone, so that one leg's trouble ends no other.
 """
 
 from __future__ import annotations
@@ -18,153 +27,79 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from baton.block_hash import BlockHash, chain_of
 from baton.errors import BatonError, DeadlineExceeded, Overloaded
 from baton.ids import Ticket
 from baton.sampling import FinishReason, SamplingParams, StopParams
+from decode.events import (
+    Action,
+    Arrive,
+    Cancel,
+    CancelHandOff,
+    Committed,
+    Event,
+    Fail,
+    Finish,
+    HandOffEnded,
+    Released,
+    Reserve,
+    Row,
+    Step,
+    StepDone,
+    StepFailed,
+    Token,
+    Transferred,
+)
 from engine.block_pool import BlockPool, blocks_for
-
-
-@dataclass(frozen=True, slots=True)
-class Arrive:
-    ticket: Ticket
-    prompt_tokens: int
-    sampling: SamplingParams
-    stop: StopParams
-    deadline: float
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The prompt's KV is whole in the leg's blocks; prefill has chosen the first token."""
-
-    ticket: Ticket
-    first_token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class HandOffEnded:
-    """The hand-off failed or was cancelled, and writes to the blocks no more."""
-
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """The router wants this leg no more."""
-
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class StepDone:
-    """The running step has ended with one token for each of its rows."""
-
-    token_ids: Mapping[Ticket, int]
-
-
-@dataclass(frozen=True, slots=True)
-class StepFailed:
-    """The running step raised: none of its rows can go on."""
-
-    error: BatonError
-
-
-Event = Arrive | Committed | HandOffEnded | Cancel | StepDone | StepFailed
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve:
-    """Expect the prompt's KV in these blocks."""
-
-    ticket: Ticket
-    prompt_tokens: int
-    block_table: tuple[int, ...]
-    deadline: float
-
-
-@dataclass(frozen=True, slots=True)
-class CancelHandOff:
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class Transferred:
-    """Tell the router that the KV has been committed."""
-
-    ticket: Ticket
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """Tell the router the answer's token with this index."""
-
-    ticket: Ticket
-    index: int
-    token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Tell the router that the answer is whole."""
-
-    ticket: Ticket
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """Tell the router that this leg holds nothing any more. Its last action."""
-
-    ticket: Ticket
-
-
-Action = Reserve | CancelHandOff | Transferred | Token | Finish | Fail | Released
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sequence of a step: feed `token_id` at `position`, choose the token after it."""
-
-    ticket: Ticket
-    token_id: int
-    position: int
-    block_table: tuple[int, ...]
-    sampling: SamplingParams
 
 
 class LegState(Enum):
     WAITING = auto()
     RECEIVING = auto()
     RUNNING = auto()
+    PREEMPTED = auto()
     ENDING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step and the queue may hold at most."""
+
+    max_running: int  # sequences in a step
+    step_tokens: int  # tokens in a step, guesses not counted
+    max_waiting: int
+    watermark_blocks: int = 0  # kept free, when a leg is taken in beside others, for them to grow
 
 
 @dataclass(slots=True)
 class _Leg:
+    arrival: int
     prompt_tokens: int
+    token_ids: list[int]  # prompt and answer
     sampling: SamplingParams
     stop: StopParams
     deadline: float
+    cache_salt: str
     state: LegState = LegState.WAITING
     block_table: tuple[int, ...] = ()
     receiving: bool = False  # the hand-off may still write the blocks
-    last_token_id: int = -1
-    answered: int = 0  # tokens of the answer so far, prefill's first one included
+    computed: int = 0  # of the tokens, whose KV is in the blocks
+    alone: bool = False  # a step with it and others has failed
+
+    @property
+    def answered(self) -> int:
+        """Tokens of the answer so far, prefill's first one included."""
+        return len(self.token_ids) - self.prompt_tokens
 
     @property
     def kv_tokens(self) -> int:
         """Most tokens whose KV this leg keeps: the last token of an answer is never fed."""
         return self.prompt_tokens + self.stop.max_tokens - 1
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known and not computed: one, but for a leg that was preempted."""
+        return len(self.token_ids) - self.computed
 
 
 class DecodeScheduler:
@@ -174,17 +109,20 @@ class DecodeScheduler:
         self,
         pool: BlockPool,
         block_size: int,
-        max_running: int,
-        max_waiting: int,
+        limits: Limits,
         eos_token_ids: tuple[int, ...],
+        max_guesses: int = 0,
     ) -> None:
         self._pool = pool
         self._block_size = block_size
-        self._max_running = max_running
-        self._max_waiting = max_waiting
+        self._limits = limits
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._legs: OrderedDict[Ticket, _Leg] = OrderedDict()
-        self._running: frozenset[Ticket] = frozenset()
+        self._max_guesses = max_guesses
+        self._arrivals = 0
+        self._legs: OrderedDict[Ticket, _Leg] = OrderedDict()  # in the order of their turns
+        self._running: dict[Ticket, Row] = {}
+        self.preemptions = 0
+        self.recomputed_tokens = 0
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event in. Events of legs that are gone change nothing (P6)."""
@@ -207,19 +145,39 @@ class DecodeScheduler:
                 actions = self._end(ticket, leg, error)
         return actions + self._admit()
 
-    def next_step(self) -> list[Row]:
-        """The rows of the next step, empty when there is nothing to do.
+    def next_step(self) -> Step:
+        """The next step, empty when there is nothing to do.
 
-        When more legs run than fit in a step, those served go to the end, so all take turns.
+        Every running leg gets one token, as far as the limits reach, and what is left of the budget
+        goes to those that have more to compute, the oldest first. When there are more legs than fit
+        in a step, those served go to the end, so all take turns.
         """
         assert not self._running, "one step at a time"
-        chosen = [t for t, leg in self._legs.items() if leg.state is LegState.RUNNING]
-        if len(chosen) > self._max_running:
-            chosen = chosen[: self._max_running]
-            for ticket in chosen:
+        turns = [(t, leg) for t, leg in self._legs.items() if leg.state is LegState.RUNNING]
+        suspects = [turn for turn in turns if turn[1].alone]
+        preempted: list[Ticket] = []
+        for group in ([turn] for turn in suspects):
+            if self._fill(group, preempted):
+                break
+        else:
+            self._fill([turn for turn in turns if not turn[1].alone], preempted)
+        return Step(tuple(self._running.values()), tuple(preempted))
+
+    def _fill(self, turns: list[tuple[Ticket, _Leg]], preempted: list[Ticket]) -> bool:
+        """Plan a step of these legs; whether there is anything in it."""
+        budget = self._limits.step_tokens
+        chosen = turns[: min(self._limits.max_running, budget)]
+        if len(chosen) < len(turns):
+            for ticket, _ in chosen:
                 self._legs.move_to_end(ticket)
-        self._running = frozenset(chosen)
-        return [self._row(ticket, self._legs[ticket]) for ticket in chosen]
+        budget -= len(chosen)
+        for ticket, leg in sorted(chosen, key=lambda turn: turn[1].arrival):
+            more = min(leg.pending - 1, budget)
+            # A leg that was chosen may have lost its blocks to an older one by now.
+            if leg.state is LegState.RUNNING and self._make_room(ticket, leg, 1 + more, preempted):
+                budget -= more
+                self._running[ticket] = self._row(ticket, leg, 1 + more)
+        return bool(self._running)
 
     def tick(self, now: float) -> list[Action]:
         """End the legs whose deadline has passed (P1)."""
@@ -238,24 +196,116 @@ class DecodeScheduler:
 
     def check_invariants(self) -> None:
         self._pool.check_invariants()
-        assert self._pool.leased == sum(len(leg.block_table) for leg in self._legs.values())
-        assert self._running <= self._legs.keys()
-        for leg in self._legs.values():
+        held = {block for leg in self._legs.values() for block in leg.block_table}
+        assert self._pool.leased == len(held)
+        assert self._running.keys() <= self._legs.keys()
+        for ticket, leg in self._legs.items():
+            assert leg.block_table == self._pool.owned(ticket)
             assert leg.receiving <= (leg.state in (LegState.RECEIVING, LegState.ENDING))
             assert (leg.state is LegState.RECEIVING) <= leg.receiving
             assert bool(leg.block_table) >= (leg.state in (LegState.RECEIVING, LegState.RUNNING))
-            if leg.state is LegState.RUNNING:
+            assert not leg.block_table or leg.state not in (LegState.WAITING, LegState.PREEMPTED)
+            assert leg.computed <= len(leg.block_table) * self._block_size
+            if leg.state in (LegState.RUNNING, LegState.PREEMPTED):
                 assert 1 <= leg.answered < leg.stop.max_tokens
+                assert leg.pending >= 1
 
-    def _row(self, ticket: Ticket, leg: _Leg) -> Row:
-        position = leg.prompt_tokens + leg.answered - 1
-        return Row(ticket, leg.last_token_id, position, leg.block_table, leg.sampling)
+    def _row(self, ticket: Ticket, leg: _Leg, tokens: int) -> Row:
+        stop = leg.computed + tokens
+        last = stop == len(leg.token_ids)
+        room = min(len(leg.block_table) * self._block_size, leg.kv_tokens) - stop
+        return Row(
+            ticket,
+            tuple(leg.token_ids[leg.computed : stop]),
+            leg.computed,
+            leg.block_table,
+            leg.sampling,
+            last,
+            min(self._max_guesses, room) if last else 0,
+        )
+
+    # --- blocks ---
+
+    def _make_room(self, ticket: Ticket, leg: _Leg, tokens: int, preempted: list[Ticket]) -> bool:
+        """See to it that the leg has blocks for so many more tokens, at the cost of younger ones.
+
+        Room for guesses is taken only where it is to spare.
+        """
+        stop = leg.computed + tokens
+        held = len(leg.block_table)
+        wanted = blocks_for(stop, self._block_size) - held
+        while wanted > self._pool.free:
+            running = [(t, v) for t, v in self._legs.items() if v.state is LegState.RUNNING]
+            victim, youngest = max(running, key=lambda turn: turn[1].arrival)
+            if youngest is leg:
+                return False  # what is missing is with hand-offs or older legs
+            self._preempt(victim, youngest)
+            preempted.append(victim)
+        guessed = min(stop + self._max_guesses, leg.kv_tokens)
+        more = blocks_for(guessed, self._block_size) - held
+        wanted = max(wanted, min(more, self._pool.free - self._limits.watermark_blocks))
+        if wanted > 0:
+            self._pool.extend(ticket, wanted)
+            leg.block_table = self._pool.owned(ticket)
+        return True
+
+    def _preempt(self, ticket: Ticket, leg: _Leg) -> None:
+        self._let_go(ticket, leg)
+        leg.state = LegState.PREEMPTED
+        self.preemptions += 1
+
+    def _let_go(self, ticket: Ticket, leg: _Leg) -> None:
+        """Give the blocks back; what is computed of them can be hit until it is evicted."""
+        self._pool.publish(ticket, self._hashes(leg, leg.computed))
+        self._pool.release(ticket)
+        leg.block_table = ()
+        leg.computed = 0
+
+    def _hashes(self, leg: _Leg, tokens: int) -> list[BlockHash]:
+        return chain_of(self._block_size, leg.cache_salt, leg.token_ids[:tokens])
+
+    def _admit(self) -> list[Action]:
+        """Lease blocks to legs that have none, in order of arrival, until one does not fit."""
+        idle = (LegState.WAITING, LegState.PREEMPTED)
+        waiting = [(t, leg) for t, leg in self._legs.items() if leg.state in idle]
+        actions: list[Action] = []
+        for ticket, leg in sorted(waiting, key=lambda turn: turn[1].arrival):
+            # Room for the token after the prompt, or after what was computed before: it is fed.
+            count = blocks_for(min(len(leg.token_ids) + 1, leg.kv_tokens), self._block_size)
+            found: list[BlockHash] = []
+            if leg.state is LegState.PREEMPTED:
+                sought = self._hashes(leg, len(leg.token_ids) - 1)
+                found = sought[: self._pool.match(sought)]
+            spare = self._limits.watermark_blocks if self._pool.leased else 0
+            if not self._pool.fits(count, found, spare):
+                break
+            leg.block_table = self._pool.lease(ticket, count, leg.deadline, found)
+            if leg.state is LegState.PREEMPTED:
+                leg.state = LegState.RUNNING
+                leg.computed = len(found) * self._block_size
+                self.recomputed_tokens += leg.pending - 1
+            else:
+                leg.state = LegState.RECEIVING
+                leg.receiving = True
+                actions.append(Reserve(ticket, leg.prompt_tokens, leg.block_table, leg.deadline))
+        return actions
+
+    # --- events ---
 
     def _arrive(self, event: Arrive) -> list[Action]:
         ticket = event.ticket
         if ticket in self._legs:
             return []  # a repeated command
-        leg = _Leg(event.prompt_tokens, event.sampling, event.stop, event.deadline)
+        self._arrivals += 1
+        leg = _Leg(
+            self._arrivals,
+            len(event.prompt),
+            list(event.prompt),
+            event.sampling,
+            event.stop,
+            event.deadline,
+            event.cache_salt,
+        )
         if blocks_for(leg.kv_tokens, self._block_size) > self._pool.total:
             error = Overloaded(
                 f"prompt and max_tokens need {leg.kv_tokens} tokens of KV, more than this node's "
@@ -264,25 +314,10 @@ class DecodeScheduler:
             return [Fail(ticket, error), Released(ticket)]
         self._legs[ticket] = leg
         actions = self._admit()
-        if self.count(LegState.WAITING) > self._max_waiting:
+        if self.count(LegState.WAITING) > self._limits.max_waiting:
             del self._legs[ticket]
             error = Overloaded("the decode node's queue is full; try again later")
             return [*actions, Fail(ticket, error), Released(ticket)]
-        return actions
-
-    def _admit(self) -> list[Action]:
-        """Lease blocks to waiting legs in order of arrival, until one does not fit."""
-        actions: list[Action] = []
-        for ticket, leg in self._legs.items():
-            if leg.state is not LegState.WAITING:
-                continue
-            count = blocks_for(leg.kv_tokens, self._block_size)
-            if count > self._pool.free:
-                break
-            leg.block_table = self._pool.lease(ticket, count, leg.deadline)
-            leg.state = LegState.RECEIVING
-            leg.receiving = True
-            actions.append(Reserve(ticket, leg.prompt_tokens, leg.block_table, leg.deadline))
         return actions
 
     def _committed(self, ticket: Ticket, leg: _Leg, first_token_id: int) -> list[Action]:
@@ -291,39 +326,55 @@ class DecodeScheduler:
             return self._release_if_idle(ticket, leg)
         assert leg.state is LegState.RECEIVING
         leg.state = LegState.RUNNING
-        leg.last_token_id = first_token_id
-        leg.answered = 1
+        leg.computed = leg.prompt_tokens
+        leg.token_ids.append(first_token_id)
         actions: list[Action] = [Transferred(ticket, leg.prompt_tokens)]
         if leg.answered >= leg.stop.max_tokens:
             actions += [Finish(ticket, FinishReason.LENGTH), *self._end(ticket, leg, None)]
         return actions
 
-    def _step_done(self, token_ids: Mapping[Ticket, int]) -> list[Action]:
-        assert token_ids.keys() == self._running, "one token for each row of the step"
-        self._running = frozenset()
+    def _step_done(self, token_ids: Mapping[Ticket, tuple[int, ...]]) -> list[Action]:
+        assert token_ids.keys() == self._running.keys(), "an entry for each row of the step"
+        rows, self._running = self._running, {}
         actions: list[Action] = []
-        for ticket, token_id in token_ids.items():
+        for ticket, row in rows.items():
+            leg = self._legs[ticket]
+            chosen = token_ids[ticket]
+            assert row.last == bool(chosen), "a row that reaches the end chooses a token"
+            assert len(chosen) <= 1 + row.guesses
+            if leg.state is LegState.ENDING:
+                actions += self._release_if_idle(ticket, leg)
+                continue
+            leg.alone = False
+            leg.computed += len(row.token_ids)
+            for token_id in chosen:
+                actions += self._take(ticket, leg, token_id)
+                if ticket not in self._legs:  # it has ended
+                    break
+        return actions + self._admit()
+
+    def _take(self, ticket: Ticket, leg: _Leg, token_id: int) -> list[Action]:
+        """The answer's next token. Those behind it were guessed right: its KV is there already."""
+        leg.computed = len(leg.token_ids)
+        if token_id in self._eos_token_ids and not leg.stop.ignore_eos:
+            return [Finish(ticket, FinishReason.STOP), *self._end(ticket, leg, None)]
+        actions: list[Action] = [Token(ticket, leg.answered, token_id)]
+        leg.token_ids.append(token_id)
+        if leg.answered >= leg.stop.max_tokens:
+            actions += [Finish(ticket, FinishReason.LENGTH), *self._end(ticket, leg, None)]
+        return actions
+
+    def _step_failed(self, error: BatonError) -> list[Action]:
+        failed, self._running = list(self._running), {}
+        actions: list[Action] = []
+        for ticket in failed:
             leg = self._legs[ticket]
             if leg.state is LegState.ENDING:
                 actions += self._release_if_idle(ticket, leg)
-            elif token_id in self._eos_token_ids and not leg.stop.ignore_eos:
-                actions += [Finish(ticket, FinishReason.STOP), *self._end(ticket, leg, None)]
+            elif len(failed) > 1:
+                leg.alone = True
             else:
-                actions.append(Token(ticket, leg.answered, token_id))
-                leg.last_token_id = token_id
-                leg.answered += 1
-                if leg.answered >= leg.stop.max_tokens:
-                    actions += [Finish(ticket, FinishReason.LENGTH), *self._end(ticket, leg, None)]
-        return actions + self._admit()
-
-    def _step_failed(self, error: BatonError) -> list[Action]:
-        failed, self._running = self._running, frozenset()
-        actions: list[Action] = []
-        for ticket in [t for t in self._legs if t in failed]:
-            leg = self._legs[ticket]
-            if leg.state is not LegState.ENDING:
-                actions.append(Fail(ticket, error))
-            actions += self._end(ticket, leg, error)
+                actions += [Fail(ticket, error), *self._end(ticket, leg, error)]
         return actions + self._admit()
 
     def _hand_off_ended(self, ticket: Ticket, leg: _Leg, error: BatonError) -> list[Action]:
@@ -346,6 +397,6 @@ class DecodeScheduler:
         if leg.receiving or ticket in self._running:
             return []
         if leg.block_table:
-            self._pool.release(ticket)
+            self._let_go(ticket, leg)
         del self._legs[ticket]
         return [Released(ticket)]

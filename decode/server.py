@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc.aio
 import structlog
 
+from baton.cache_events import CacheNews
 from baton.config import Config
 from baton.errors import BatonError, EngineFailed, LinkLost
 from baton.ids import Ticket
@@ -17,8 +19,8 @@ from baton.kv_layout import Layout
 from baton.legs import Legs
 from baton.node import Identity, run_node
 from baton.wire import layout_to_proto, sampling_from_proto
-from decode import scheduler as sched
-from decode.scheduler import DecodeScheduler, LegState
+from decode import events as ev
+from decode.scheduler import DecodeScheduler, LegState, Limits
 from engine.block_pool import BlockPool
 from engine.runner import Runner
 from engine.segments import Segment
@@ -41,8 +43,12 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
         self._scheduler = DecodeScheduler(
             self._pool,
             config.block_size,
-            config.max_running,
-            config.max_waiting,
+            Limits(
+                config.max_running,
+                config.step_tokens,
+                config.max_waiting,
+                math.ceil(config.watermark * self._pool.total),
+            ),
             runner.spec.eos_token_ids,
         )
         settings = LinkSettings(
@@ -90,8 +96,17 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
             transfers_in_flight=self._incoming.in_flight,
             links_open=self._incoming.links_open,
             router_streams=self._legs.streams_open,
-            counters=self._counters | self._runner.meter.counters,
+            counters=self._counters
+            | self._runner.meter.counters
+            | {
+                "preemptions": self._scheduler.preemptions,
+                "recomputed_tokens": self._scheduler.recomputed_tokens,
+            },
+            blocks_cached=self._pool.cached,
         )
+
+    def cache_news(self, number: int | None) -> CacheNews:
+        return self._pool.news(number)
 
     def tick(self, now: float) -> None:
         self._perform(self._scheduler.tick(now))
@@ -125,72 +140,83 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
         self._counters["requests"] += 1
         self._perform(
             self._scheduler.handle(
-                sched.Arrive(ticket, command.prompt_tokens, sampling, stop, deadline)
+                ev.Arrive(
+                    ticket,
+                    tuple(command.prompt_token_ids),
+                    sampling,
+                    stop,
+                    deadline,
+                    command.cache_salt,
+                )
             )
         )
 
     def _cancel(self, ticket: Ticket, error: BatonError) -> None:
-        self._perform(self._scheduler.handle(sched.Cancel(ticket, error)))
+        self._perform(self._scheduler.handle(ev.Cancel(ticket, error)))
 
     def _committed(self, ticket: Ticket, first_token_id: int) -> None:
         self._counters["transfers_committed"] += 1
-        self._perform(self._scheduler.handle(sched.Committed(ticket, first_token_id)))
+        self._perform(self._scheduler.handle(ev.Committed(ticket, first_token_id)))
 
     def _hand_off_ended(self, ticket: Ticket, error: BatonError | None) -> None:
         self._counters["transfers_failed"] += 1
         reason = error or LinkLost("the hand-off ended")
-        self._perform(self._scheduler.handle(sched.HandOffEnded(ticket, reason)))
+        self._perform(self._scheduler.handle(ev.HandOffEnded(ticket, reason)))
 
     # --- performing ---
 
-    def _perform(self, actions: list[sched.Action]) -> None:
+    def _perform(self, actions: list[ev.Action]) -> None:
         for action in actions:
             ticket = action.ticket
             match action:
-                case sched.Reserve(_, prompt_tokens, block_table, deadline):
+                case ev.Reserve(_, prompt_tokens, block_table, deadline):
                     self._incoming.reserve(ticket, prompt_tokens, block_table, deadline)
-                case sched.CancelHandOff(error=error):
+                case ev.CancelHandOff(error=error):
                     self._incoming.cancel(ticket, error)
-                case sched.Transferred(prompt_tokens=prompt_tokens):
+                case ev.Transferred(prompt_tokens=prompt_tokens):
                     kv_bytes = self._layout.prompt_bytes(prompt_tokens)
                     self._counters["kv_bytes_received"] += kv_bytes
                     self._legs.transferred(ticket, kv_bytes)
-                case sched.Token(index=index, token_id=token_id):
+                case ev.Token(index=index, token_id=token_id):
                     self._counters["tokens"] += 1
                     self._legs.token(ticket, index, token_id)
-                case sched.Finish(reason=reason):
+                case ev.Finish(reason=reason):
                     self._legs.finished(ticket, reason)
-                case sched.Fail(error=error):
+                case ev.Fail(error=error):
                     log.warning("leg failed", request_id=ticket.request_id, why=error.message)
                     self._legs.failed(ticket, error)
-                case sched.Released():
+                case ev.Released():
                     self._legs.released(ticket)
         self._work.set()
 
     async def _compute(self) -> None:
         """Run one step after another while any sequence is running."""
         while True:
-            rows = self._scheduler.next_step()
-            if not rows:
+            step = self._scheduler.next_step()
+            for ticket in step.preempted:
+                log.info("preempted", request_id=ticket.request_id)
+                self._legs.degraded(ticket, "preempted")
+            if not step.rows:
                 self._work.clear()
                 await self._work.wait()
                 continue
-            event: sched.Event
+            event: ev.Event
             try:
-                token_ids = await self._loop.run_in_executor(self._engine, self._run, rows)
-                chosen = zip(rows, token_ids, strict=True)
-                event = sched.StepDone({row.ticket: token_id for row, token_id in chosen})
+                token_ids = await self._loop.run_in_executor(self._engine, self._run, step.rows)
+                event = ev.StepDone(token_ids)
             except Exception as error:
-                log.exception("step failed", rows=len(rows))
-                event = sched.StepFailed(EngineFailed(f"the step failed: {error}"))
+                log.exception("step failed", rows=len(step.rows))
+                event = ev.StepFailed(EngineFailed(f"the step failed: {error}"))
             self._perform(self._scheduler.handle(event))
 
-    def _run(self, rows: list[sched.Row]) -> list[int]:
+    def _run(self, rows: tuple[ev.Row, ...]) -> dict[Ticket, tuple[int, ...]]:
         """On the engine's thread."""
         segments = [
-            Segment((row.token_id,), row.position, row.block_table, 1, row.sampling) for row in rows
+            Segment(row.token_ids, row.start, row.block_table, 1 if row.last else 0, row.sampling)
+            for row in rows
         ]
-        return [token_id for [token_id] in self._runner.step(segments)]
+        chosen = self._runner.step(segments)
+        return {row.ticket: tuple(token_ids) for row, token_ids in zip(rows, chosen, strict=True)}
 
 
 async def serve(

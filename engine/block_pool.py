@@ -23,7 +23,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from baton.block_hash import BlockHash
-from engine.cache_events import CacheLog, Removed, Stored
+from baton.cache_events import CacheLog, CacheNews, Removed, Stored
 
 
 class NotEnoughBlocks(Exception):
@@ -205,6 +205,13 @@ class BlockPool:
                 step = self._parent_of[step]
             ordered.update(dict.fromkeys(reversed(chain)))
         return [Stored(name, self._parent_of[name]) for name in ordered]
+
+    def news(self, number: int | None) -> CacheNews:
+        """What was stored and removed from this event on; all that is held where that is lost."""
+        events = None if number is None else self.log.since(number)
+        if events is None:
+            return CacheNews(True, tuple(self.snapshot()), self.log.next_number)
+        return CacheNews(False, tuple(events), self.log.next_number)
 
     def check_invariants(self) -> None:
         """Assert that every block is where it may be, and nothing is lost or counted twice."""

@@ -72,6 +72,6 @@ def read_manifest(encoded: bytes, mine: Layout) -> Manifest:
     if mine.unit_bytes(manifest.unit_tokens) > MAX_UNIT_BYTES:
         raise IncompatiblePeer(
             f"units of {manifest.unit_tokens} tokens exceed {MAX_UNIT_BYTES >> 20} MiB; "
-            "lower --chunk-tokens on the prefill node"
+            "lower --step-tokens on the prefill node"
         )
     return manifest

@@ -139,7 +139,7 @@ class Outgoing:
                     manifest = make_manifest(
                         self._settings.layout,
                         hand_off.prompt_tokens,
-                        min(self._settings.config.chunk_tokens, hand_off.prompt_tokens),
+                        min(self._settings.config.step_tokens, hand_off.prompt_tokens),
                     )
                     remaining_s = hand_off.deadline - self._loop.time()
                     offer = pb.Offer(ticket=proto, manifest=manifest, deadline_s=remaining_s)

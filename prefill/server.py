@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import grpc.aio
 import structlog
 
+from baton.cache_events import CacheNews
 from baton.config import Config
 from baton.errors import BatonError, EngineFailed
 from baton.ids import Ticket
@@ -26,14 +27,14 @@ from engine.segments import Segment
 from kvtransfer.layout import Unit
 from kvtransfer.link import LinkSettings
 from kvtransfer.outgoing import Outgoing
-from prefill import scheduler as sched
-from prefill.scheduler import LegState, PrefillScheduler
+from prefill import events as ev
+from prefill.scheduler import LegState, Limits, PrefillScheduler
 from protos import common_pb2, node_pb2, node_pb2_grpc, registry_pb2
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Prompt:
     """What the scheduler need not know of a leg."""
 
@@ -41,6 +42,7 @@ class _Prompt:
     sampling: SamplingParams
     decode_address: str
     deadline: float
+    cached_tokens: int = 0
 
 
 class PrefillNode(node_pb2_grpc.PrefillServicer):
@@ -55,8 +57,7 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
         self._scheduler = PrefillScheduler(
             self._pool,
             config.block_size,
-            config.chunk_tokens,
-            config.max_waiting,
+            Limits(config.step_tokens, config.max_waiting, config.age_limit_s),
             runner.spec.eos_token_ids,
         )
         settings = LinkSettings(
@@ -104,8 +105,17 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
             transfers_in_flight=self._outgoing.in_flight,
             links_open=self._outgoing.links_open,
             router_streams=self._legs.streams_open,
-            counters=self._counters | self._runner.meter.counters,
+            counters=self._counters
+            | self._runner.meter.counters
+            | {
+                "prefix_cache_queries": self._scheduler.cache_queries,
+                "prefix_cache_hits": self._scheduler.cache_hits,
+            },
+            blocks_cached=self._pool.cached,
         )
+
+    def cache_news(self, number: int | None) -> CacheNews:
+        return self._pool.news(number)
 
     def tick(self, now: float) -> None:
         self._perform(self._scheduler.tick(now))
@@ -139,22 +149,26 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
         token_ids = tuple(command.prompt_token_ids)
         self._prompts[ticket] = _Prompt(token_ids, sampling, command.decode_address, deadline)
         self._counters["requests"] += 1
-        self._perform(self._scheduler.handle(sched.Arrive(ticket, len(token_ids), stop, deadline)))
+        due = self._loop.time() + command.due_s
+        self._handle(ev.Arrive(ticket, token_ids, stop, due, deadline, command.cache_salt))
 
     def _cancel(self, ticket: Ticket, error: BatonError) -> None:
-        self._perform(self._scheduler.handle(sched.Cancel(ticket, error)))
+        self._handle(ev.Cancel(ticket, error))
 
     def _hand_off_ended(self, ticket: Ticket, error: BatonError | None) -> None:
         self._counters["transfers_committed" if error is None else "transfers_failed"] += 1
-        self._perform(self._scheduler.handle(sched.HandOffEnded(ticket, error)))
+        self._handle(ev.HandOffEnded(ticket, error))
 
     # --- performing ---
 
-    def _perform(self, actions: list[sched.Action]) -> None:
+    def _handle(self, event: ev.Event) -> None:
+        self._perform(self._scheduler.handle(event, self._loop.time()))
+
+    def _perform(self, actions: list[ev.Action]) -> None:
         for action in actions:
             ticket = action.ticket
             match action:
-                case sched.BeginHandOff(block_table=block_table):
+                case ev.BeginHandOff(block_table=block_table, cached_tokens=cached_tokens):
                     prompt = self._prompts[ticket]
                     self._outgoing.begin(
                         ticket,
@@ -163,54 +177,82 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
                         block_table,
                         prompt.deadline,
                     )
-                case sched.EndHandOff(first_token_id=first_token_id):
+                    prompt.cached_tokens = cached_tokens
+                    self._announce_cached(ticket, cached_tokens)
+                case ev.EndHandOff(first_token_id=first_token_id):
                     self._outgoing.computed(ticket, first_token_id)
-                case sched.CancelHandOff(error=error):
+                case ev.CancelHandOff(error=error):
                     self._outgoing.cancel(ticket, error)
-                case sched.Token(token_id=token_id):
+                case ev.Token(token_id=token_id):
                     self._legs.token(ticket, 0, token_id)
-                case sched.Finish(reason=reason):
+                case ev.Finish(reason=reason):
                     self._legs.finished(ticket, reason)
-                case sched.Fail(error=error):
+                case ev.Fail(error=error):
                     log.warning("leg failed", request_id=ticket.request_id, why=error.message)
                     self._legs.failed(ticket, error)
-                case sched.Released():
+                case ev.Released():
                     del self._prompts[ticket]
                     self._legs.released(ticket)
         self._work.set()
 
+    def _announce_cached(self, ticket: Ticket, tokens: int) -> None:
+        """Name what the prefix cache had of a prompt, in units no longer than computed ones."""
+        most = self._config.step_tokens
+        for layer in range(self._layout.layers):
+            for start in range(0, tokens, most):
+                unit = Unit(layer, start, min(start + most, tokens))
+                self._outgoing.unit_ready(ticket, unit)
+
     async def _compute(self) -> None:
-        """Run one chunk after another while there are any."""
+        """Run one step after another while there are any chunks."""
         while True:
-            plan = self._scheduler.next_step()
-            if plan is None:
+            chunks = self._scheduler.next_step(self._loop.time())
+            if not chunks:
                 self._work.clear()
                 await self._work.wait()
                 continue
-            if plan.start == 0:
-                self._legs.started(plan.ticket)
-            event: sched.Event
+            for chunk in chunks:
+                if chunk.first:
+                    cached_tokens = self._prompts[chunk.ticket].cached_tokens
+                    self._legs.started(chunk.ticket, cached_tokens)
+            event: ev.Event
+            begun = self._loop.time()
             try:
-                token_id = await self._loop.run_in_executor(self._engine, self._run, plan)
-                event = sched.ChunkDone(plan.ticket, token_id)
+                token_ids = await self._loop.run_in_executor(self._engine, self._run, chunks)
+                event = ev.StepDone(token_ids, self._loop.time() - begun)
             except Exception as error:
-                log.exception("step failed", request_id=plan.ticket.request_id)
-                event = sched.StepFailed(plan.ticket, EngineFailed(f"the step failed: {error}"))
-            self._counters["prompt_tokens"] += plan.stop - plan.start
-            self._perform(self._scheduler.handle(event))
+                log.exception("step failed", request_ids=[c.ticket.request_id for c in chunks])
+                event = ev.StepFailed(EngineFailed(f"the step failed: {error}"))
+            self._counters["prompt_tokens"] += sum(c.stop - c.start for c in chunks)
+            self._handle(event)
 
-    def _run(self, plan: sched.ChunkPlan) -> int | None:
-        """On the engine's thread: compute a chunk, naming each layer's KV once it is there."""
-        prompt = self._prompts[plan.ticket]
+    def _run(self, chunks: list[ev.Chunk]) -> dict[Ticket, int]:
+        """On the engine's thread: compute a step, naming each layer's KV once it is there.
+
+        Returns the first token of each prompt that ends.
+        """
+
+        def name_units(layer: int) -> None:
+            for chunk in chunks:
+                self._outgoing.unit_ready(chunk.ticket, Unit(layer, chunk.start, chunk.stop))
 
         def on_layer(layer: int) -> None:
-            unit = Unit(layer, plan.start, plan.stop)
-            self._loop.call_soon_threadsafe(self._outgoing.unit_ready, plan.ticket, unit)
+            self._loop.call_soon_threadsafe(name_units, layer)
 
-        token_ids = prompt.token_ids[plan.start : plan.stop]
-        chunk = Segment(token_ids, plan.start, plan.block_table, int(plan.last), prompt.sampling)
-        [chosen] = self._runner.step([chunk], on_layer, Kind.PREFILL)
-        return chosen[0] if plan.last else None
+        segments = []
+        for chunk in chunks:
+            prompt = self._prompts[chunk.ticket]
+            token_ids = prompt.token_ids[chunk.start : chunk.stop]
+            choices = 1 if chunk.last else 0
+            segments.append(
+                Segment(token_ids, chunk.start, chunk.block_table, choices, prompt.sampling)
+            )
+        chosen = self._runner.step(segments, on_layer, Kind.PREFILL)
+        return {
+            chunk.ticket: token_ids[0]
+            for chunk, token_ids in zip(chunks, chosen, strict=True)
+            if token_ids
+        }
 
 
 async def serve(

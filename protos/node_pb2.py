@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import common_pb2 as protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/node.proto\x12\x08\x62\x61ton.v1\x1a\x13protos/common.proto\"\x8a\x01\n\x10ResolvedSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\"k\n\x0ePrefillCommand\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.baton.v1.PrefillStartH\x00\x12%\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x13.baton.v1.CancelLegH\x00\x42\t\n\x07\x63ommand\"i\n\rDecodeCommand\x12&\n\x05start\x18\x01 \x01(\x0b\x32\x15.baton.v1.DecodeStartH\x00\x12%\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x13.baton.v1.CancelLegH\x00\x42\t\n\x07\x63ommand\"\xa4\x01\n\x0cPrefillStart\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.baton.v1.ResolvedSampling\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x04 \x01(\t\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\"\x88\x01\n\x0b\x44\x65\x63odeStart\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.baton.v1.ResolvedSampling\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"=\n\tCancelLeg\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x0e\n\x06reason\x18\x02 \x01(\t\"/\n\tLegEvents\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.baton.v1.LegEvent\"\xb4\x02\n\x08LegEvent\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12$\n\x07started\x18\x03 \x01(\x0b\x32\x11.baton.v1.StartedH\x00\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x10.baton.v1.TokensH\x00\x12,\n\x0btransferred\x18\x05 \x01(\x0b\x32\x15.baton.v1.TransferredH\x00\x12&\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x12.baton.v1.FinishedH\x00\x12\"\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x10.baton.v1.FailedH\x00\x12&\n\x08released\x18\x08 \x01(\x0b\x32\x12.baton.v1.ReleasedH\x00\x42\x07\n\x05\x65vent\"\t\n\x07Started\"*\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\x1f\n\x0bTransferred\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\"2\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\n\n\x08Released\"\x12\n\x10GetStatusRequest\"\xd9\x02\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\r\x12\x18\n\x10requests_waiting\x18\x06 \x01(\r\x12\x18\n\x10requests_running\x18\x07 \x01(\r\x12\x1b\n\x13transfers_in_flight\x18\x08 \x01(\r\x12\x12\n\nlinks_open\x18\t \x01(\r\x12\x16\n\x0erouter_streams\x18\n \x01(\r\x12\x34\n\x08\x63ounters\x18\x0b \x03(\x0b\x32\".baton.v1.NodeStatus.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\x43\n\x07Prefill\x12\x38\n\x03Run\x12\x18.baton.v1.PrefillCommand\x1a\x13.baton.v1.LegEvents(\x01\x30\x01\x32\x41\n\x06\x44\x65\x63ode\x12\x37\n\x03Run\x12\x17.baton.v1.DecodeCommand\x1a\x13.baton.v1.LegEvents(\x01\x30\x01\x32\x45\n\x04Node\x12=\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x14.baton.v1.NodeStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/node.proto\x12\x08\x62\x61ton.v1\x1a\x13protos/common.proto\"\x8a\x01\n\x10ResolvedSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\"k\n\x0ePrefillCommand\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.baton.v1.PrefillStartH\x00\x12%\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x13.baton.v1.CancelLegH\x00\x42\t\n\x07\x63ommand\"i\n\rDecodeCommand\x12&\n\x05start\x18\x01 \x01(\x0b\x32\x15.baton.v1.DecodeStartH\x00\x12%\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x13.baton.v1.CancelLegH\x00\x42\t\n\x07\x63ommand\"\xc7\x01\n\x0cPrefillStart\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.baton.v1.ResolvedSampling\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x04 \x01(\t\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\x12\r\n\x05\x64ue_s\x18\x06 \x01(\x01\x12\x12\n\ncache_salt\x18\x07 \x01(\t\"\x9f\x01\n\x0b\x44\x65\x63odeStart\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.baton.v1.ResolvedSampling\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\x12\x12\n\ncache_salt\x18\x05 \x01(\t\"=\n\tCancelLeg\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x0e\n\x06reason\x18\x02 \x01(\t\"/\n\tLegEvents\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.baton.v1.LegEvent\"\xdc\x02\n\x08LegEvent\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12$\n\x07started\x18\x03 \x01(\x0b\x32\x11.baton.v1.StartedH\x00\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x10.baton.v1.TokensH\x00\x12,\n\x0btransferred\x18\x05 \x01(\x0b\x32\x15.baton.v1.TransferredH\x00\x12&\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x12.baton.v1.FinishedH\x00\x12\"\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x10.baton.v1.FailedH\x00\x12&\n\x08released\x18\x08 \x01(\x0b\x32\x12.baton.v1.ReleasedH\x00\x12&\n\x08\x64\x65graded\x18\t \x01(\x0b\x32\x12.baton.v1.DegradedH\x00\x42\x07\n\x05\x65vent\" \n\x07Started\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"\x1a\n\x08\x44\x65graded\x12\x0e\n\x06reason\x18\x01 \x01(\t\"*\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\x1f\n\x0bTransferred\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\"2\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\"\'\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\n\n\x08Released\"\x12\n\x10GetStatusRequest\"\xf0\x02\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\r\x12\x18\n\x10requests_waiting\x18\x06 \x01(\r\x12\x18\n\x10requests_running\x18\x07 \x01(\r\x12\x1b\n\x13transfers_in_flight\x18\x08 \x01(\r\x12\x12\n\nlinks_open\x18\t \x01(\r\x12\x16\n\x0erouter_streams\x18\n \x01(\r\x12\x34\n\x08\x63ounters\x18\x0b \x03(\x0b\x32\".baton.v1.NodeStatus.CountersEntry\x12\x15\n\rblocks_cached\x18\x0c \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"7\n\x11WatchCacheRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x06\x12\x13\n\x0bnext_number\x18\x02 \x01(\x04\"e\n\x0b\x43\x61\x63heEvents\x12\r\n\x05\x65poch\x18\x01 \x01(\x06\x12\x0c\n\x04\x61new\x18\x02 \x01(\x08\x12\x13\n\x0bnext_number\x18\x03 \x01(\x04\x12$\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x14.baton.v1.CacheEvent\"Q\n\nCacheEvent\x12\'\n\x06stored\x18\x01 \x01(\x0b\x32\x15.baton.v1.StoredBlockH\x00\x12\x11\n\x07removed\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\",\n\x0bStoredBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x32\x43\n\x07Prefill\x12\x38\n\x03Run\x12\x18.baton.v1.PrefillCommand\x1a\x13.baton.v1.LegEvents(\x01\x30\x01\x32\x41\n\x06\x44\x65\x63ode\x12\x37\n\x03Run\x12\x17.baton.v1.DecodeCommand\x1a\x13.baton.v1.LegEvents(\x01\x30\x01\x32\x89\x01\n\x04Node\x12=\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x14.baton.v1.NodeStatus\x12\x42\n\nWatchCache\x12\x1b.baton.v1.WatchCacheRequest\x1a\x15.baton.v1.CacheEvents0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,37 +41,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODECOMMAND']._serialized_start=302
   _globals['_DECODECOMMAND']._serialized_end=407
   _globals['_PREFILLSTART']._serialized_start=410
-  _globals['_PREFILLSTART']._serialized_end=574
-  _globals['_DECODESTART']._serialized_start=577
-  _globals['_DECODESTART']._serialized_end=713
-  _globals['_CANCELLEG']._serialized_start=715
-  _globals['_CANCELLEG']._serialized_end=776
-  _globals['_LEGEVENTS']._serialized_start=778
-  _globals['_LEGEVENTS']._serialized_end=825
-  _globals['_LEGEVENT']._serialized_start=828
-  _globals['_LEGEVENT']._serialized_end=1136
-  _globals['_STARTED']._serialized_start=1138
-  _globals['_STARTED']._serialized_end=1147
-  _globals['_TOKENS']._serialized_start=1149
-  _globals['_TOKENS']._serialized_end=1191
-  _globals['_TRANSFERRED']._serialized_start=1193
-  _globals['_TRANSFERRED']._serialized_end=1224
-  _globals['_FINISHED']._serialized_start=1226
-  _globals['_FINISHED']._serialized_end=1276
-  _globals['_FAILED']._serialized_start=1278
-  _globals['_FAILED']._serialized_end=1317
-  _globals['_RELEASED']._serialized_start=1319
-  _globals['_RELEASED']._serialized_end=1329
-  _globals['_GETSTATUSREQUEST']._serialized_start=1331
-  _globals['_GETSTATUSREQUEST']._serialized_end=1349
-  _globals['_NODESTATUS']._serialized_start=1352
-  _globals['_NODESTATUS']._serialized_end=1697
-  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_start=1650
-  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_end=1697
-  _globals['_PREFILL']._serialized_start=1699
-  _globals['_PREFILL']._serialized_end=1766
-  _globals['_DECODE']._serialized_start=1768
-  _globals['_DECODE']._serialized_end=1833
-  _globals['_NODE']._serialized_start=1835
-  _globals['_NODE']._serialized_end=1904
+  _globals['_PREFILLSTART']._serialized_end=609
+  _globals['_DECODESTART']._serialized_start=612
+  _globals['_DECODESTART']._serialized_end=771
+  _globals['_CANCELLEG']._serialized_start=773
+  _globals['_CANCELLEG']._serialized_end=834
+  _globals['_LEGEVENTS']._serialized_start=836
+  _globals['_LEGEVENTS']._serialized_end=883
+  _globals['_LEGEVENT']._serialized_start=886
+  _globals['_LEGEVENT']._serialized_end=1234
+  _globals['_STARTED']._serialized_start=1236
+  _globals['_STARTED']._serialized_end=1268
+  _globals['_DEGRADED']._serialized_start=1270
+  _globals['_DEGRADED']._serialized_end=1296
+  _globals['_TOKENS']._serialized_start=1298
+  _globals['_TOKENS']._serialized_end=1340
+  _globals['_TRANSFERRED']._serialized_start=1342
+  _globals['_TRANSFERRED']._serialized_end=1373
+  _globals['_FINISHED']._serialized_start=1375
+  _globals['_FINISHED']._serialized_end=1425
+  _globals['_FAILED']._serialized_start=1427
+  _globals['_FAILED']._serialized_end=1466
+  _globals['_RELEASED']._serialized_start=1468
+  _globals['_RELEASED']._serialized_end=1478
+  _globals['_GETSTATUSREQUEST']._serialized_start=1480
+  _globals['_GETSTATUSREQUEST']._serialized_end=1498
+  _globals['_NODESTATUS']._serialized_start=1501
+  _globals['_NODESTATUS']._serialized_end=1869
+  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_start=1822
+  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_end=1869
+  _globals['_WATCHCACHEREQUEST']._serialized_start=1871
+  _globals['_WATCHCACHEREQUEST']._serialized_end=1926
+  _globals['_CACHEEVENTS']._serialized_start=1928
+  _globals['_CACHEEVENTS']._serialized_end=2029
+  _globals['_CACHEEVENT']._serialized_start=2031
+  _globals['_CACHEEVENT']._serialized_end=2112
+  _globals['_STOREDBLOCK']._serialized_start=2114
+  _globals['_STOREDBLOCK']._serialized_end=2158
+  _globals['_PREFILL']._serialized_start=2160
+  _globals['_PREFILL']._serialized_end=2227
+  _globals['_DECODE']._serialized_start=2229
+  _globals['_DECODE']._serialized_end=2294
+  _globals['_NODE']._serialized_start=2297
+  _globals['_NODE']._serialized_end=2434
 # @@protoc_insertion_point(module_scope)

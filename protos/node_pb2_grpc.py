@@ -185,6 +185,11 @@ class NodeStub:
                 request_serializer=protos_dot_node__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_node__pb2.NodeStatus.FromString,
                 _registered_method=True)
+        self.WatchCache = channel.unary_stream(
+                '/baton.v1.Node/WatchCache',
+                request_serializer=protos_dot_node__pb2.WatchCacheRequest.SerializeToString,
+                response_deserializer=protos_dot_node__pb2.CacheEvents.FromString,
+                _registered_method=True)
 
 
 class NodeServicer:
@@ -197,6 +202,14 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchCache(self, request, context):
+        """What the prefix cache holds, and from then on what it stores and removes. Goes on where
+        `next_number` says if this life of the node can, and otherwise begins anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -204,6 +217,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=protos_dot_node__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_node__pb2.NodeStatus.SerializeToString,
+            ),
+            'WatchCache': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCache,
+                    request_deserializer=protos_dot_node__pb2.WatchCacheRequest.FromString,
+                    response_serializer=protos_dot_node__pb2.CacheEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -234,6 +252,33 @@ class Node:
             '/baton.v1.Node/GetStatus',
             protos_dot_node__pb2.GetStatusRequest.SerializeToString,
             protos_dot_node__pb2.NodeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.v1.Node/WatchCache',
+            protos_dot_node__pb2.WatchCacheRequest.SerializeToString,
+            protos_dot_node__pb2.CacheEvents.FromString,
             options,
             channel_credentials,
             insecure,

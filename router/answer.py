@@ -29,6 +29,7 @@ class Completed:
     prompt_tokens: int
     completion_tokens: int
     seed: int
+    cached_tokens: int
 
 
 Update = Tokens | Completed
@@ -58,12 +59,14 @@ class Answer:
         stop: StopParams,
         text: TextStream,
         received_at: float,
+        cache_salt: str = "",
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.sampling = sampling
         self.stop = stop
         self.text = text
+        self.cache_salt = cache_salt
         self.life = RequestLife(received_at, stop.max_tokens)
         self.ticket: Ticket | None = None
         self.legs: dict[Leg, Work] = {}

@@ -11,6 +11,16 @@ from router.placement import Placement
 
 StartCommand = node_pb2.PrefillStart | node_pb2.DecodeStart
 
+DUE_S = 1.0
+DUE_TOKEN_S = 0.002
+"""A first token is due after a second, and two milliseconds for each token of the prompt: what a
+long prompt needs anyway must not put it before all short ones."""
+
+
+def first_token_due_s(prompt_tokens: int) -> float:
+    """Within how many seconds the first token is wanted."""
+    return DUE_S + DUE_TOKEN_S * prompt_tokens
+
 
 def start_commands(
     ticket: Ticket,
@@ -19,6 +29,7 @@ def start_commands(
     stop: StopParams,
     placement: Placement,
     deadline_s: float,
+    cache_salt: str,
 ) -> dict[Leg, StartCommand]:
     """What each node is told; `deadline_s` is the time left."""
     ticket_proto = ticket_to_proto(ticket)
@@ -30,11 +41,14 @@ def start_commands(
             sampling=sampling_proto,
             decode_address=placement.decode.address,
             deadline_s=deadline_s,
+            due_s=min(deadline_s, first_token_due_s(len(prompt))),
+            cache_salt=cache_salt,
         ),
         Leg.DECODE: node_pb2.DecodeStart(
             ticket=ticket_proto,
-            prompt_tokens=len(prompt),
+            prompt_token_ids=prompt,
             sampling=sampling_proto,
             deadline_s=deadline_s,
+            cache_salt=cache_salt,
         ),
     }

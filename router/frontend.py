@@ -136,7 +136,7 @@ class Frontend:
             check_tokens(prompt, self.spec)
             stop = resolve_stop(ask, len(prompt), self.spec, self._config.default_max_tokens)
             text = self.codec.stream()
-            answer = Answer(request_id, prompt, sampling, stop, text, received_at)
+            answer = Answer(request_id, prompt, sampling, stop, text, received_at, ask.cache_salt)
             answer.life.queued(self._loop.time())
             placement = self._cluster.place(PlacementRequest(len(prompt), stop.max_tokens))
             self._place(answer, placement, received_at, timeout_s)
@@ -207,7 +207,13 @@ class Frontend:
         for action in answer.life.handle(life.Placed(), now):
             assert isinstance(action, life.StartLegs)
             commands = start_commands(
-                ticket, answer.prompt, answer.sampling, answer.stop, placement, deadline - now
+                ticket,
+                answer.prompt,
+                answer.sampling,
+                answer.stop,
+                placement,
+                deadline - now,
+                answer.cache_salt,
             )
             prompt_tokens = len(answer.prompt)
             decode_work = Work(decode.epoch, prompt_tokens + answer.stop.max_tokens)
@@ -263,7 +269,8 @@ class Frontend:
                     if rest := answer.text.flush():
                         answer.put(Tokens(count, (), rest))
                     seed = answer.sampling.seed
-                    answer.put(Completed(reason, len(answer.prompt), count, seed))
+                    cached = answer.life.cached_tokens
+                    answer.put(Completed(reason, len(answer.prompt), count, seed, cached))
                     self._ended(answer, "finished", reason)
                 case life.Fail(error):
                     answer.put(error)

@@ -75,11 +75,12 @@ def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any
     return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _usage(completed: Completed) -> dict[str, int]:
+def _usage(completed: Completed) -> dict[str, Any]:
     return {
         "prompt_tokens": completed.prompt_tokens,
         "completion_tokens": completed.completion_tokens,
         "total_tokens": completed.prompt_tokens + completed.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": completed.cached_tokens},
     }
 
 

@@ -69,6 +69,7 @@ class _Generation(_Body):
     min_p: float | None = None
     seed: int | None = None
     ignore_eos: bool | None = None
+    cache_salt: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -89,6 +90,7 @@ class _Generation(_Body):
             "seed": self.seed,
             "max_tokens": self.max_tokens,
             "ignore_eos": bool(self.ignore_eos),
+            "cache_salt": self.cache_salt or "",
         }
 
 

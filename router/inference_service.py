@@ -92,6 +92,7 @@ def ask_from_proto(request: inference_pb2.GenerateRequest) -> Ask:
         seed=sampling.seed if sampling.HasField("seed") else None,
         max_tokens=stop.max_tokens if stop.HasField("max_tokens") else None,
         ignore_eos=stop.ignore_eos,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -106,6 +107,7 @@ def _response(request_id: str, update: Tokens | Completed) -> inference_pb2.Gene
         prompt_tokens=update.prompt_tokens,
         completion_tokens=update.completion_tokens,
         seed=update.seed,
+        cached_tokens=update.cached_tokens,
     )
     return inference_pb2.GenerateResponse(request_id=request_id, complete=complete)
 

@@ -23,9 +23,17 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The prefill node computes."""
+    """The prefill node computes, but for the first `cached_tokens` of the prompt."""
 
     elapsed_s: float
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """A leg goes on, but not as configured."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,7 @@ class ReleaseOverdue:
 Event = (
     Placed
     | Started
+    | Degraded
     | TokensArrived
     | Transferred
     | LegFinished

@@ -168,7 +168,9 @@ def leg_event(leg: Leg, message: node_pb2.LegEvent) -> life.Event | None:
     """A node's event in the words of the request's life; None for one we do not know."""
     match message.WhichOneof("event"):
         case "started":
-            return life.Started(message.elapsed_s)
+            return life.Started(message.elapsed_s, message.started.cached_tokens)
+        case "degraded":
+            return life.Degraded(message.degraded.reason[:64])
         case "tokens":
             tokens = message.tokens
             return life.TokensArrived(leg, tokens.index, tuple(tokens.token_ids))

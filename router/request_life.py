@@ -24,6 +24,7 @@ from baton.sampling import FinishReason
 from router.life_events import (
     Action,
     CancelLeg,
+    Degraded,
     Emit,
     End,
     Event,
@@ -80,6 +81,9 @@ STAMPS = (
 """The steps of a timing record, in the order in which they happen."""
 
 
+MAX_REASONS = 16
+
+
 class RequestLife:
     """One request. `received_at` and every `now` are of one clock, in seconds."""
 
@@ -87,6 +91,8 @@ class RequestLife:
         self.state = State.RECEIVED
         self.degraded: list[str] = []
         """Why the request was not served as configured (P10); empty when it was."""
+        self.cached_tokens = 0
+        """Of the prompt, found in the prefill node's cache."""
         self._received_at = received_at
         self._max_tokens = max_tokens
         self._placed_at = received_at
@@ -146,7 +152,11 @@ class RequestLife:
                 self._stamp("placed", now, now)
                 self._open_legs = {Leg.PREFILL, Leg.DECODE}
                 return [StartLegs()]
-            case Started(elapsed_s):
+            case Degraded(reason):
+                if reason not in self.degraded and len(self.degraded) < MAX_REASONS:
+                    self.degraded.append(reason)
+            case Started(elapsed_s, cached_tokens):
+                self.cached_tokens = cached_tokens
                 if self.state is State.PLACED:
                     self._move(State.PREFILLING)
                 self._stamp("prefill_started", self._placed_at + elapsed_s, now)

@@ -13,6 +13,8 @@ from baton.ids import MAX_REQUEST_ID_LENGTH
 from baton.model.spec import ModelSpec
 from baton.sampling import SamplingParams, StopParams, validate_sampling
 
+MAX_SALT_LENGTH = 256
+
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
@@ -37,6 +39,7 @@ class Ask:
     seed: int | None = None
     max_tokens: int | None = None
     ignore_eos: bool = False
+    cache_salt: str = ""
 
 
 def check_ask(ask: Ask, served_model: str) -> None:
@@ -47,6 +50,8 @@ def check_ask(ask: Ask, served_model: str) -> None:
         raise InvalidRequest(
             f"request_id must be at most {MAX_REQUEST_ID_LENGTH} printable characters, or empty"
         )
+    if len(ask.cache_salt) > MAX_SALT_LENGTH:
+        raise InvalidRequest(f"cache_salt must have at most {MAX_SALT_LENGTH} characters")
     if ask.prompt is None:
         raise InvalidRequest("the request has no input; send text, token_ids or chat")
     if not ask.prompt:

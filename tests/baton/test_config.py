@@ -47,10 +47,10 @@ def test_the_environment_of_another_kind_of_node_is_not_read() -> None:
 
 
 def test_one_file_may_serve_every_kind_of_node(tmp_path: Path) -> None:
-    file = write(tmp_path, "max_requests: 5\nmax_running: 6\nchunk_tokens: 7")
+    file = write(tmp_path, "max_requests: 5\nmax_running: 6\nstep_tokens: 7")
     for kind in ("router", "prefill", "decode"):
         config = load_config(kind, {}, {}, file)
-        assert (config.max_requests, config.max_running, config.chunk_tokens) == (5, 6, 7)
+        assert (config.max_requests, config.max_running, config.step_tokens) == (5, 6, 7)
 
 
 def test_an_empty_file_says_nothing(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_every_event_arrives_in_the_order_it_was_reported() -> None:
     async def story(node: Node, router: Router) -> None:
         router.start(A)
         await node.told.get()
-        node.legs.started(A)
+        node.legs.started(A, 16)
         node.legs.transferred(A, 4096)
         node.legs.failed(A, Overloaded("no room"))
         node.legs.released(A)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,9 @@ def test_the_timing_record_names_every_step_in_order(client: Client) -> None:
 
 
 def test_the_nodes_count_what_their_steps_did(cluster: RunningCluster, client: Client) -> None:
+    options = replace(greedy("chunk-plus-one"), cache_salt="nobody else's")
     before = [cluster.status(name).counters for name in ("prefill-0", "decode-0")]
-    got = answer(client, as_sent("chunk-plus-one"), greedy("chunk-plus-one"))
+    got = answer(client, as_sent("chunk-plus-one"), options)
     after = [cluster.status(name).counters for name in ("prefill-0", "decode-0")]
     prefill, decode = (
         {name: now[name] - then[name] for name in now}

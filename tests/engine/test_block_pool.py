@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from baton.block_hash import BlockChain, BlockHash
+from baton.cache_events import CacheLog, Removed, Stored, replay
 from engine.block_pool import BlockCopy, BlockPool, NotEnoughBlocks, blocks_for
-from engine.cache_events import CacheLog, Removed, Stored, replay
 
 TOTAL, SIZE = 9, 2
 OWNERS = st.sampled_from("abcd")

@@ -38,7 +38,7 @@ CHUNK_TOKENS = 4
 BLOCKS = 128
 TOKENS = 11
 """Of a prompt whose length does not matter: three chunks, the last one short."""
-CONFIG = Config(chunk_tokens=CHUNK_TOKENS, link_timeout_s=PATIENCE_S)
+CONFIG = Config(step_tokens=CHUNK_TOKENS, link_timeout_s=PATIENCE_S)
 PREFILL_EPOCH = 11
 _epochs = count(100)
 

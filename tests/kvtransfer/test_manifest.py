@@ -165,7 +165,7 @@ def test_units_too_long_for_the_staging_buffer_are_refused_with_the_option_to_lo
     for tokens in (most + 1, 1 << 24):
         sentence = refusal(changed(unit_tokens=tokens))
         assert f"{tokens} tokens" in sentence
-        assert "--chunk-tokens" in sentence
+        assert "--step-tokens" in sentence
 
 
 @given(st.binary(max_size=512))

@@ -47,6 +47,7 @@ def test_a_completion_in_one_piece() -> None:
                 "prompt_tokens": 2,
                 "completion_tokens": 5,
                 "total_tokens": 7,
+                "prompt_tokens_details": {"cached_tokens": 0},
             }
             assert json.loads(reply.headers["baton-timing"])["degraded"] == []
             start = await cluster.prefill.starts.get()

@@ -83,7 +83,7 @@ def test_both_legs_are_sent_before_either_node_answers() -> None:
             assert prefill.ticket.prefill_epoch == 11
             assert prefill.ticket.decode_epoch == 22
             assert list(prefill.prompt_token_ids) == [ord(letter) for letter in "hey"]
-            assert decode.prompt_tokens == 3
+            assert len(decode.prompt_token_ids) == 3
             assert prefill.decode_address == cluster.decode.address
             assert prefill.sampling == decode.sampling
             assert prefill.sampling.max_tokens == 5

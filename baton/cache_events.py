@@ -31,6 +31,15 @@ class Removed:
 CacheEvent = Stored | Removed
 
 
+@dataclass(frozen=True, slots=True)
+class CacheNews:
+    """Events to take in; `anew` says to forget what was held before: they are everything."""
+
+    anew: bool
+    events: tuple[CacheEvent, ...]
+    next_number: int
+
+
 class CacheLog:
     """The latest events. `next_number` is that of the event to come."""
 
