@@ -53,8 +53,31 @@ class Config(BaseModel):
     device: Literal["cpu", "cuda"] = _option("cpu", "where the model computes", _NODES)
     threads: int = _option(1, "compute threads of this node", _NODES, ge=1, le=1024)
     block_size: int = _option(16, "tokens in a KV block", _NODES, ge=1, le=1024)
-    kv_memory_mib: int = _option(1024, "memory for the paged KV cache, MiB", _NODES, ge=1)
+    kv_memory_mib: int = _option(
+        1024,
+        "memory for the paged KV cache, MiB; 0 takes what is free, less the reserve",
+        _NODES,
+        ge=0,
+    )
+    memory_reserve_mib: int = _option(
+        1024, "memory that --kv-memory-mib 0 leaves free, MiB", _NODES, ge=0
+    )
+    memory_share: float = _option(
+        1.0, "part of what is left that --kv-memory-mib 0 takes", _NODES, gt=0, le=1
+    )
     step_tokens: int = _option(256, "most tokens computed in one step", _NODES, ge=1, le=1 << 20)
+    guesses: int = _option(
+        0,
+        "most tokens guessed ahead in each sequence and checked in one step; 0 guesses none",
+        ("decode",),
+        ge=0,
+        le=64,
+    )
+    draft_model: str = _option(
+        "",
+        "smaller model of the same vocabulary that guesses; empty: guess from the text itself",
+        ("decode",),
+    )
     age_limit_s: float = _option(
         5.0, "a prompt that waits longer goes before more urgent ones, seconds", ("prefill",), gt=0
     )

@@ -133,7 +133,8 @@ class Row:
     """One sequence of a step: feed `token_ids` from position `start` on.
 
     `last` says that they reach the end of what is known, so that a token is chosen after them, and
-    that up to `guesses` more may be tried behind them: there is room for their KV.
+    up to `guesses` more may be tried behind them: there is room for their KV. `known` are then all
+    tokens of the sequence.
     """
 
     ticket: Ticket
@@ -143,6 +144,7 @@ class Row:
     sampling: SamplingParams
     last: bool = True
     guesses: int = 0
+    known: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

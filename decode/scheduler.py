@@ -214,6 +214,7 @@ class DecodeScheduler:
         stop = leg.computed + tokens
         last = stop == len(leg.token_ids)
         room = min(len(leg.block_table) * self._block_size, leg.kv_tokens) - stop
+        guesses = min(self._max_guesses, room) if last else 0
         return Row(
             ticket,
             tuple(leg.token_ids[leg.computed : stop]),
@@ -221,7 +222,8 @@ class DecodeScheduler:
             leg.block_table,
             leg.sampling,
             last,
-            min(self._max_guesses, room) if last else 0,
+            guesses,
+            tuple(leg.token_ids) if guesses else (),
         )
 
     # --- blocks ---

@@ -21,9 +21,9 @@ from baton.node import Identity, run_node
 from baton.wire import layout_to_proto, sampling_from_proto
 from decode import events as ev
 from decode.scheduler import DecodeScheduler, LegState, Limits
+from decode.stepper import Stepper
 from engine.block_pool import BlockPool
 from engine.runner import Runner
-from engine.segments import Segment
 from kvtransfer.incoming import Incoming
 from kvtransfer.link import LinkSettings
 from protos import common_pb2, kvtransfer_pb2_grpc, node_pb2, node_pb2_grpc, registry_pb2
@@ -34,10 +34,13 @@ log = structlog.get_logger()
 class DecodeNode(node_pb2_grpc.DecodeServicer):
     """Receives, asks the scheduler, performs. All state is touched on the event loop only."""
 
-    def __init__(self, config: Config, runner: Runner, layout: Layout) -> None:
+    def __init__(
+        self, config: Config, runner: Runner, layout: Layout, draft: Runner | None = None
+    ) -> None:
         self.identity = Identity(config, common_pb2.ROLE_DECODE)
         self._config = config
         self._runner = runner
+        self._stepper = Stepper(runner, draft)
         self._layout = layout
         self._pool = BlockPool(runner.cache.blocks)
         self._scheduler = DecodeScheduler(
@@ -50,6 +53,7 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
                 math.ceil(config.watermark * self._pool.total),
             ),
             runner.spec.eos_token_ids,
+            config.guesses,
         )
         settings = LinkSettings(
             self.identity.node_id,
@@ -98,6 +102,7 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
             router_streams=self._legs.streams_open,
             counters=self._counters
             | self._runner.meter.counters
+            | self._stepper.counters
             | {
                 "preemptions": self._scheduler.preemptions,
                 "recomputed_tokens": self._scheduler.recomputed_tokens,
@@ -186,6 +191,7 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
                     log.warning("leg failed", request_id=ticket.request_id, why=error.message)
                     self._legs.failed(ticket, error)
                 case ev.Released():
+                    self._stepper.forget([ticket])
                     self._legs.released(ticket)
         self._work.set()
 
@@ -193,6 +199,7 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
         """Run one step after another while any sequence is running."""
         while True:
             step = self._scheduler.next_step()
+            self._stepper.forget(step.preempted)
             for ticket in step.preempted:
                 log.info("preempted", request_id=ticket.request_id)
                 self._legs.degraded(ticket, "preempted")
@@ -202,21 +209,14 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
                 continue
             event: ev.Event
             try:
-                token_ids = await self._loop.run_in_executor(self._engine, self._run, step.rows)
+                token_ids = await self._loop.run_in_executor(
+                    self._engine, self._stepper.run, step.rows
+                )
                 event = ev.StepDone(token_ids)
             except Exception as error:
                 log.exception("step failed", rows=len(step.rows))
                 event = ev.StepFailed(EngineFailed(f"the step failed: {error}"))
             self._perform(self._scheduler.handle(event))
-
-    def _run(self, rows: tuple[ev.Row, ...]) -> dict[Ticket, tuple[int, ...]]:
-        """On the engine's thread."""
-        segments = [
-            Segment(row.token_ids, row.start, row.block_table, 1 if row.last else 0, row.sampling)
-            for row in rows
-        ]
-        chosen = self._runner.step(segments)
-        return {row.ticket: tuple(token_ids) for row, token_ids in zip(rows, chosen, strict=True)}
 
 
 async def serve(
@@ -225,7 +225,8 @@ async def serve(
     layout: Layout,
     announce: Callable[[str], None],
     stop: asyncio.Event,
+    draft: Runner | None = None,
 ) -> None:
     """Run a decode node over a loaded model until `stop` is set."""
-    node = DecodeNode(config, runner, layout)
+    node = DecodeNode(config, runner, layout, draft)
     await run_node(config, node, node.warm_up, announce, stop)

@@ -15,6 +15,7 @@ from engine.accounting import Kind, Meter, step_work
 from engine.block_pool import blocks_for
 from engine.kv_cache import PagedKvCache, blocks_that_fit
 from engine.limits import measure_limits
+from engine.memory import KvMemory, kv_bytes
 from engine.model import Llama
 from engine.sampler import choose
 from engine.segments import Segment
@@ -41,14 +42,16 @@ class Runner:
         dtype: str,
         device: str,
         block_size: int,
-        kv_memory_bytes: int,
+        kv: KvMemory,
     ) -> Runner:
         """Load a model's weights and give it a cache. Raises `ConfigError`, `UnsupportedModel`."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch finds no GPU here; use --device cpu")
         kind, place = DTYPES[dtype], torch.device(device)
-        blocks = blocks_that_fit(spec, kind, block_size, kv_memory_bytes)
+        if kv.asked_bytes:
+            blocks_that_fit(spec, kind, block_size, kv.asked_bytes)  # or say so at once
         weights = load_weights(folder, spec, kind, place)
+        blocks = kv.blocks or blocks_that_fit(spec, kind, block_size, kv_bytes(kv, place))
         cache = PagedKvCache(spec, blocks, block_size, kind, place)
         return cls(spec, weights, cache)
 

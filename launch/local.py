@@ -115,6 +115,7 @@ def _node_flags(plan: ClusterPlan, router: str) -> list[str]:
         f"--dtype={plan.dtype}",
         f"--threads={plan.threads_per_node}",
         f"--kv-memory-mib={plan.kv_memory_mib}",
+        f"--memory-share={1 / (plan.prefill + plan.decode):.4f}",
     ]
 
 

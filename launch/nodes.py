@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from baton.config import Config, NodeKind
+from baton.errors import ConfigError
 from baton.log import configure_logging
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ async def _serve(kind: NodeKind, config: Config, stop_with_parent: bool) -> None
 
         await serve_router(config, _announce, stop)
         return
-    runner, layout = await asyncio.to_thread(_load, config)
+    runner, layout, draft = await asyncio.to_thread(_load, kind, config)
     if kind == "prefill":
         from prefill.server import serve as serve_prefill
 
@@ -48,14 +49,15 @@ async def _serve(kind: NodeKind, config: Config, stop_with_parent: bool) -> None
     else:
         from decode.server import serve as serve_decode
 
-        await serve_decode(config, runner, layout, _announce, stop)
+        await serve_decode(config, runner, layout, _announce, stop, draft)
 
 
 def _announce(line: str) -> None:
     print(line, flush=True)
 
 
-def _load(config: Config) -> tuple[Runner, Layout]:
+def _load(kind: NodeKind, config: Config) -> tuple[Runner, Layout, Runner | None]:
+    """The model, what its KV looks like, and the model that guesses for it, if there is one."""
     # Idle OpenMP threads must sleep, not spin: nodes of one machine share its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -63,16 +65,28 @@ def _load(config: Config) -> tuple[Runner, Layout]:
     from baton.kv_layout import Layout
     from baton.model.catalog import locate
     from baton.model.spec import load_spec
+    from engine.memory import KvMemory
     from engine.runner import Runner
 
+    def load(model: str, kv: KvMemory) -> Runner:
+        folder = locate(model, lambda line: log.info("model", progress=line))
+        return Runner.load(
+            folder, load_spec(folder), config.dtype, config.device, config.block_size, kv
+        )
+
     torch.set_num_threads(config.threads)
-    folder = locate(config.model, lambda line: log.info("model", progress=line))
-    spec = load_spec(folder)
-    runner = Runner.load(
-        folder, spec, config.dtype, config.device, config.block_size, config.kv_memory_mib << 20
+    memory = KvMemory(
+        config.kv_memory_mib << 20, config.memory_reserve_mib << 20, config.memory_share
     )
+    runner = load(config.model, memory)
+    spec = runner.spec
     layout = Layout(spec.fingerprint, config.dtype, spec.layers, spec.kv_heads, spec.head_dim)
-    return runner, layout
+    draft = None
+    if kind == "decode" and config.draft_model:
+        if not config.guesses:
+            raise ConfigError("--draft-model guesses nothing without --guesses; give both")
+        draft = load(config.draft_model, KvMemory(blocks=runner.cache.blocks))
+    return runner, layout, draft
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from baton.model import load_spec, locate
+from engine.memory import KvMemory
 from engine.runner import Runner
 
 
@@ -24,4 +25,4 @@ def one_thread() -> Iterator[None]:
 def default_runner() -> Runner:
     """The default model in float32; the first run on a machine fetches it."""
     folder = locate("smollm2-135m-instruct", lambda _: None)
-    return Runner.load(folder, load_spec(folder), "float32", "cpu", 16, 192 << 20)
+    return Runner.load(folder, load_spec(folder), "float32", "cpu", 16, KvMemory(192 << 20))

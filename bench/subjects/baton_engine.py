@@ -12,6 +12,7 @@ import torch
 from serving import prompt_ids, serve
 
 from baton.model.spec import load_spec
+from engine.memory import KvMemory
 from engine.runner import Runner
 from engine.segments import Segment
 
@@ -21,7 +22,9 @@ _CHUNK_TOKENS = 512
 
 class Engine:
     def __init__(self, folder: Path, dtype: str) -> None:
-        self._runner = Runner.load(folder, load_spec(folder), dtype, "cpu", _BLOCK, 1536 << 20)
+        self._runner = Runner.load(
+            folder, load_spec(folder), dtype, "cpu", _BLOCK, KvMemory(1536 << 20)
+        )
         self._runner.warm_up()
 
     def prefill(self, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -61,7 +62,7 @@ class RunningCluster:
 
 
 @contextmanager
-def running_cluster(*arguments: str) -> Iterator[RunningCluster]:
+def running_cluster(*arguments: str, **environment: str) -> Iterator[RunningCluster]:
     """Start `baton up` on free ports, wait until it can serve, and stop it at the end."""
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", "up", "--port=0", "--http-port=0", *arguments],
@@ -70,6 +71,7 @@ def running_cluster(*arguments: str) -> Iterator[RunningCluster]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ | environment,
     )
     cluster = RunningCluster(process)
     ready = threading.Event()

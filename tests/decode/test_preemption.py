@@ -26,6 +26,7 @@ from decode.events import (
     Token,
 )
 from decode.scheduler import DecodeScheduler, Limits
+from decode.stepper import Stepper
 from engine.block_pool import BlockPool
 from engine.generate import generate
 from engine.runner import Runner
@@ -45,6 +46,9 @@ class Model(Protocol):
 
     def decode(self, rows: Sequence[Row], known: Sequence[Tokens]) -> list[Tokens]:
         """The tokens chosen in each row; `known` are all tokens of its sequence."""
+
+    def forget(self, tickets: Sequence[Ticket]) -> None:
+        """These have lost their blocks."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ class World:
         self.perform(self.scheduler.handle(Committed(ticket, first)))
 
     def step(self) -> None:
-        rows = self.scheduler.next_step().rows
+        step = self.scheduler.next_step()
+        rows = step.rows
+        self.model.forget(step.preempted)
         if not rows:
             return
         known = [(*self.requests[row.ticket].prompt, *self.answers[row.ticket]) for row in rows]
@@ -114,6 +120,7 @@ class World:
                     self.answers[ticket].append(token_id)
                 case Released(ticket):
                     self.released.append(ticket)
+                    self.model.forget([ticket])
                 case Fail(_, error):
                     raise AssertionError(f"nothing fails here: {error}")
                 case Finish():
@@ -139,6 +146,9 @@ class Hashes:
 
     def decode(self, rows: Sequence[Row], known: Sequence[Tokens]) -> list[Tokens]:
         return [self.one(row, list(tokens)) for row, tokens in zip(rows, known, strict=True)]
+
+    def forget(self, tickets: Sequence[Ticket]) -> None:
+        pass
 
     def one(self, row: Row, known: list[int]) -> Tokens:
         self.write(row.block_table, tuple(known), row.start, row.start + len(row.token_ids))
@@ -195,25 +205,35 @@ def test_each_of_many_sequences_ends_as_it_would_alone(seed: int) -> None:
 
 
 class Engine:
-    """The real engine over a tiny model."""
+    """The real engine over a tiny model, with or without one that guesses."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, draft: Runner | None = None) -> None:
         self.runner = runner
+        self.stepper = Stepper(runner, draft)
 
     def prefill(self, prompt: Tokens, blocks: Tokens, sampling: SamplingParams) -> int:
         return self.runner.step([Segment(prompt, 0, blocks, 1, sampling)])[0][0]
 
     def decode(self, rows: Sequence[Row], known: Sequence[Tokens]) -> list[Tokens]:
-        segments = [
-            Segment(row.token_ids, row.start, row.block_table, int(row.last), row.sampling)
-            for row in rows
-        ]
-        return [tuple(chosen) for chosen in self.runner.step(segments)]
+        chosen = self.stepper.run(rows)
+        return [chosen[row.ticket] for row in rows]
+
+    def forget(self, tickets: Sequence[Ticket]) -> None:
+        self.stepper.forget(tickets)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_64_sequences_on_the_engine_end_as_each_would_alone(tmp_path: Path, seed: int) -> None:
-    """Greedy and sampled, joining and leaving at random, over a pool that forces preemption."""
+@pytest.mark.parametrize(
+    ("seed", "guesses", "draft_seed"),
+    [(0, 0, None), (1, 0, None), (2, 4, None), (3, 4, None), (4, 3, 0), (5, 3, 1)],
+    ids=["plain", "plain too", "lookup", "lookup too", "its own draft", "another draft"],
+)
+def test_64_sequences_on_the_engine_end_as_each_would_alone(
+    tmp_path: Path, seed: int, guesses: int, draft_seed: int | None
+) -> None:
+    """Greedy and sampled, joining and leaving at random, over a pool that forces preemption.
+
+    Also where tokens are guessed: from the text, by the same model, or by one that knows nothing.
+    """
     draw = random.Random(seed)
     blocks = 24
     requests = []
@@ -222,14 +242,25 @@ def test_64_sequences_on_the_engine_end_as_each_would_alone(tmp_path: Path, seed
         prompt = (*shared, *(draw.randrange(97) for _ in range(draw.randint(1, 30))))
         sampling = SamplingParams(temperature=1.0, seed=number) if number % 2 else GREEDY
         requests.append(Request(prompt, draw.randint(1, 30), sampling))
-    folder = write_folder(tmp_path, tiny_weights())
+    folder = write_folder(tmp_path / "model", tiny_weights())
+    draft = None
+    if draft_seed is not None:
+        weights = tiny_weights(seed=draft_seed)
+        draft = tiny_runner(write_folder(tmp_path / "draft", weights), blocks, BLOCK)
+        poison(draft.cache)
     runner = tiny_runner(folder, blocks, BLOCK)
     poison(runner.cache)
     limits = Limits(max_running=16, step_tokens=24, max_waiting=64, watermark_blocks=1)
     pool = BlockPool(blocks)
-    world = World(DecodeScheduler(pool, BLOCK, limits, ()), Engine(runner), draw)
+    engine = Engine(runner, draft)
+    world = World(DecodeScheduler(pool, BLOCK, limits, (), guesses), engine, draw)
     world.run(requests, arrival=0.5, commit=0.8)
-    assert world.scheduler.preemptions > 10
+    tried, right = (engine.stepper.counters[f"guesses_{what}"] for what in ("tried", "right"))
+    if draft_seed == 0:
+        assert right == tried > 100, "a model that guesses for itself is always right"
+    elif guesses:
+        assert tried > right > 0
+    assert world.scheduler.preemptions > 3
     assert pool.leased == 0
     alone = tiny_runner(folder, blocks, BLOCK)
     for ticket, request in world.requests.items():

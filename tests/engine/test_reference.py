@@ -16,6 +16,7 @@ from baton.model import locate
 from baton.sampling import SamplingParams, StopParams
 from engine.block_pool import blocks_for
 from engine.generate import generate
+from engine.memory import KvMemory
 from engine.runner import Runner
 from tests.engine.tiny import feed
 from tests.fixtures.prompts import PROMPTS
@@ -38,7 +39,7 @@ def test_greedy_tokens_equal_the_reference(default_runner: Runner, wanted: dict[
 def test_bfloat16_stays_near_float32(default_runner: Runner) -> None:
     """The first token's logits after each short prompt; bfloat16 keeps 8 bits of each number."""
     folder = locate("smollm2-135m-instruct", lambda _: None)
-    narrow = Runner.load(folder, default_runner.spec, "bfloat16", "cpu", 16, 16 << 20)
+    narrow = Runner.load(folder, default_runner.spec, "bfloat16", "cpu", 16, KvMemory(16 << 20))
     for wanted in ANSWERS[:3]:
         exact = first_logits(default_runner, wanted["prompt_token_ids"])
         rounded = first_logits(narrow, wanted["prompt_token_ids"])
