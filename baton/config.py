@@ -49,7 +49,12 @@ class Config(BaseModel):
     model: str = _option(
         "smollm2-135m-instruct", "model name, GGUF file, Hugging Face folder, or hf:org/name"
     )
-    dtype: Literal["float32", "bfloat16"] = _option("float32", "dtype of weights and KV", _NODES)
+    dtype: Literal["float32", "bfloat16"] = _option(
+        "float32", "dtype of weights and of what is computed", _NODES
+    )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _option(
+        "auto", "dtype of the KV cache; int8 has a scale for each token and head", _NODES
+    )
     device: Literal["cpu", "cuda"] = _option("cpu", "where the model computes", _NODES)
     threads: int = _option(1, "compute threads of this node", _NODES, ge=1, le=1024)
     block_size: int = _option(16, "tokens in a KV block", _NODES, ge=1, le=1024)
@@ -135,6 +140,11 @@ class Config(BaseModel):
         if self.heartbeat_s >= self.lease_s:
             raise ValueError("heartbeat_s must be less than lease_s, or every lease runs out")
         return self
+
+    @property
+    def stored_kv_dtype(self) -> str:
+        """What the KV cache stores."""
+        return self.dtype if self.kv_dtype == "auto" else self.kv_dtype
 
     def token(self) -> str | None:
         """The cluster's token, or None where there is none. Raises `ConfigError`."""

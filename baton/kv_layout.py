@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+SCALE_BYTES = 4
+
+
+def row_bytes(dtype: str, head_dim: int) -> int:
+    """Bytes of one token's key or value in one head; an int8 one has a float32 scale behind it."""
+    return head_dim * ELEMENT_BYTES[dtype] + (SCALE_BYTES if dtype == "int8" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +25,7 @@ class Layout:
 
     def head_bytes(self, tokens: int) -> int:
         """Bytes of one head's keys and values in a unit of this many tokens."""
-        return 2 * tokens * self.head_dim * ELEMENT_BYTES[self.dtype]
+        return 2 * tokens * row_bytes(self.dtype, self.head_dim)
 
     def unit_bytes(self, tokens: int) -> int:
         return self.kv_heads * self.head_bytes(tokens)
@@ -38,4 +44,8 @@ def difference(mine: Layout, theirs: Layout) -> str | None:
     ]
     if not parts:
         return None
-    return "the nodes differ in " + ", ".join(parts) + "; start both with the same model and dtype"
+    return (
+        "the nodes differ in "
+        + ", ".join(parts)
+        + "; start both with the same --model and --kv-dtype"
+    )

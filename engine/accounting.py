@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from baton.kv_layout import ELEMENT_BYTES, row_bytes
 from baton.model.spec import ModelSpec
 from engine.segments import Segment
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 OVERHEAD_FACTOR = 2.0
 """A step that took this many times what its bounds explain is bound by neither of them."""
 
@@ -64,8 +64,13 @@ def matrix_weights(spec: ModelSpec, tokens: int, *, read: bool) -> int:
     return total
 
 
-def step_work(spec: ModelSpec, dtype: str, segments: Sequence[Segment]) -> Work:
-    """Everything that a step of these segments has to do."""
+def step_work(spec: ModelSpec, dtype: str, segments: Sequence[Segment], kv_dtype: str = "") -> Work:
+    """Everything that a step of these segments has to do.
+
+    `kv_dtype` is what the cache stores, that of the weights where it is empty.
+    """
+    row = row_bytes(kv_dtype or dtype, spec.head_dim)
+    kv_bytes = 0
     tokens = sum(len(segment.token_ids) for segment in segments)
     choices = sum(segment.choices for segment in segments)
     head = spec.hidden_size * spec.vocabulary_size
@@ -75,8 +80,8 @@ def step_work(spec: ModelSpec, dtype: str, segments: Sequence[Segment]) -> Work:
         pairs = sum(_pairs(segment, window) for segment in segments)
         seen = sum(_seen(segment, window) for segment in segments)
         flops += layers * 4 * spec.query_heads * spec.head_dim * pairs
-        items += layers * 2 * spec.kv_heads * spec.head_dim * seen
-    return Work(flops, items * ITEM_BYTES[dtype])
+        kv_bytes += layers * 2 * spec.kv_heads * row * seen
+    return Work(flops, items * ELEMENT_BYTES[dtype] + kv_bytes)
 
 
 def _pairs(segment: Segment, window: int | None) -> int:

@@ -13,7 +13,7 @@ from baton.errors import ConfigError
 from baton.model.spec import ModelSpec
 from engine.accounting import Kind, Meter, step_work
 from engine.block_pool import blocks_for
-from engine.kv_cache import PagedKvCache, blocks_that_fit
+from engine.kv_cache import PagedKvCache, blocks_that_fit, dtype_name
 from engine.limits import measure_limits
 from engine.memory import KvMemory, kv_bytes
 from engine.model import Llama
@@ -22,6 +22,7 @@ from engine.segments import Segment
 from engine.weights import ModelWeights, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_DTYPES = DTYPES | {"int8": torch.int8}
 
 
 class Runner:
@@ -32,7 +33,6 @@ class Runner:
         self.cache = cache
         self.meter = Meter()
         self._model = Llama(spec, weights, cache)
-        self._dtype_name = next(name for name, dtype in DTYPES.items() if dtype == cache.dtype)
 
     @classmethod
     def load(
@@ -43,16 +43,21 @@ class Runner:
         device: str,
         block_size: int,
         kv: KvMemory,
+        kv_dtype: str = "",
     ) -> Runner:
-        """Load a model's weights and give it a cache. Raises `ConfigError`, `UnsupportedModel`."""
+        """Load a model's weights and give it a cache. Raises `ConfigError`, `UnsupportedModel`.
+
+        The cache stores `kv_dtype`, or `dtype` where that is empty.
+        """
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch finds no GPU here; use --device cpu")
         kind, place = DTYPES[dtype], torch.device(device)
+        stored = KV_DTYPES[kv_dtype or dtype]
         if kv.asked_bytes:
-            blocks_that_fit(spec, kind, block_size, kv.asked_bytes)  # or say so at once
+            blocks_that_fit(spec, stored, block_size, kv.asked_bytes)  # or say so at once
         weights = load_weights(folder, spec, kind, place)
-        blocks = kv.blocks or blocks_that_fit(spec, kind, block_size, kv_bytes(kv, place))
-        cache = PagedKvCache(spec, blocks, block_size, kind, place)
+        blocks = kv.blocks or blocks_that_fit(spec, stored, block_size, kv_bytes(kv, place))
+        cache = PagedKvCache(spec, blocks, block_size, kind, place, stored)
         return cls(spec, weights, cache)
 
     @torch.inference_mode()
@@ -75,7 +80,8 @@ class Runner:
             positions += range(segment.stop - segment.choices + 1, segment.stop + 1)
         chosen = iter(choose(logits, params, positions)) if params else iter(())
         token_ids = [list(islice(chosen, segment.choices)) for segment in segments]
-        work = step_work(self.spec, self._dtype_name, segments)
+        dtypes = dtype_name(self.cache.dtype), dtype_name(self.cache.stored)
+        work = step_work(self.spec, dtypes[0], segments, dtypes[1])
         self.meter.add(kind, work, time.perf_counter() - begun)
         return token_ids
 

@@ -359,7 +359,7 @@ class _IncomingLink:
         received = self._staging[:size]
         link.receive(received)
         data = received.view(getattr(torch, layout.dtype)).view(
-            layout.kv_heads, 2, unit.tokens, layout.head_dim
+            layout.kv_heads, 2, unit.tokens, self._cache.row
         )
         block_table = self._owner.blocks_written_by(self, ticket)
         if block_table is None:

@@ -19,7 +19,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     model_fingerprint: str = Field(max_length=128)
-    dtype: str = Field(pattern="^(float32|bfloat16)$")
+    dtype: str = Field(pattern="^(float32|bfloat16|int8)$")
     layers: int = Field(ge=1, le=4096)
     kv_heads: int = Field(ge=1, le=4096)
     head_dim: int = Field(ge=1, le=4096)

@@ -71,7 +71,13 @@ def _load(kind: NodeKind, config: Config) -> tuple[Runner, Layout, Runner | None
     def load(model: str, kv: KvMemory) -> Runner:
         folder = locate(model, lambda line: log.info("model", progress=line))
         return Runner.load(
-            folder, load_spec(folder), config.dtype, config.device, config.block_size, kv
+            folder,
+            load_spec(folder),
+            config.dtype,
+            config.device,
+            config.block_size,
+            kv,
+            config.stored_kv_dtype,
         )
 
     torch.set_num_threads(config.threads)
@@ -80,7 +86,9 @@ def _load(kind: NodeKind, config: Config) -> tuple[Runner, Layout, Runner | None
     )
     runner = load(config.model, memory)
     spec = runner.spec
-    layout = Layout(spec.fingerprint, config.dtype, spec.layers, spec.kv_heads, spec.head_dim)
+    layout = Layout(
+        spec.fingerprint, config.stored_kv_dtype, spec.layers, spec.kv_heads, spec.head_dim
+    )
     draft = None
     if kind == "decode" and config.draft_model:
         if not config.guesses:

@@ -64,7 +64,7 @@ def place(nodes: Sequence[NodeView], request: PlacementRequest) -> Placement:
     if not pairs:
         raise NoCapacity(
             "no prefill node agrees with a decode node on dtype and KV layout; start both with "
-            "the same --model and --dtype"
+            "the same --model, --dtype and --kv-dtype"
         )
     roomy = [
         (prefill, decode)

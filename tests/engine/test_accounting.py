@@ -61,6 +61,12 @@ def test_a_decode_step_reads_the_weights_once_and_each_row_its_own_kv() -> None:
     assert one - 100 * KV_BYTES == 2 * (WEIGHTS + 49152 * 576)
 
 
+def test_an_int8_cache_is_read_with_its_scales() -> None:
+    row = Segment((0,), 99, (), 1)
+    narrow, wide = (step_work(SMALL, "bfloat16", [row], kv) for kv in ("int8", "bfloat16"))
+    assert wide.bytes_read - narrow.bytes_read == 100 * (KV_BYTES - 2 * 30 * 3 * (64 + 4))
+
+
 def test_float32_reads_twice_the_bytes_for_the_same_operations() -> None:
     wide, narrow = (decode_work(SMALL, dtype, [10, 20]) for dtype in ("float32", "bfloat16"))
     assert wide.bytes_read == 2 * narrow.bytes_read

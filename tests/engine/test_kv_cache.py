@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from baton.errors import ConfigError
 from baton.model.spec import load_spec
@@ -86,6 +88,44 @@ def test_slots_follow_the_block_table(tiny_folder: Path) -> None:
         cache.slots_of(TABLE, 0, 13)
 
 
+NORMALS = st.floats(-1e4, 1e4, width=32).map(lambda x: x if abs(x) > 1e-4 else 0.0)
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda tokens: st.lists(NORMALS, min_size=tokens * 16, max_size=tokens * 16)
+    )
+)
+def test_int8_keeps_every_number_to_half_a_step_of_its_token_and_head(
+    tiny_folder: Path, numbers: list[float]
+) -> None:
+    cache = PagedKvCache(load_spec(tiny_folder), 4, 4, torch.float32, CPU, torch.int8)
+    for rows in (*cache.keys, *cache.values):
+        rows.view(torch.uint8).fill_(0xFF)
+    kv = torch.tensor(numbers).view(-1, 2, 8)
+    slots = cache.slots_of((2, 0), 0, len(kv))
+    cache.write(1, slots, kv, -kv)
+    keys, values = cache.read(1, slots)
+    half_a_step = kv.abs().amax(-1, keepdim=True) / 127 * 0.5001
+    assert ((keys - kv).abs() <= half_a_step).all()
+    assert torch.equal(values, -keys)
+
+
+def test_int8_spans_travel_with_their_scales(tiny_folder: Path) -> None:
+    source, target = (
+        PagedKvCache(load_spec(tiny_folder), 8, size, torch.float32, CPU, torch.int8)
+        for size in (4, 16)
+    )
+    keys, values = torch.randn(2, 11, 2, 8)
+    source.write(0, source.slots_of(TABLE, 0, 11), keys, values)
+    span = source.read_span(0, TABLE, 0, 11)
+    assert (span.dtype, tuple(span.shape)) == (torch.int8, (2, 2, 11, 12))
+    target.write_span(0, (6,), 0, 11, span)
+    sent = source.read(0, source.slots_of(TABLE, 0, 11))
+    come = target.read(0, target.slots_of((6,), 0, 11))
+    assert all(torch.equal(one, other) for one, other in zip(sent, come, strict=True))
+
+
 @pytest.mark.parametrize("heads", [range(3), range(1, 1), range(0, 2, 2)])
 def test_a_run_of_heads_that_cannot_be_is_our_mistake(tiny_folder: Path, heads: range) -> None:
     with pytest.raises(AssertionError):
@@ -97,6 +137,7 @@ def test_memory_is_counted_in_whole_blocks(tiny_folder: Path) -> None:
     token_bytes = kv_bytes_per_token(spec, torch.float32)
     assert token_bytes == 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, head_dim, float32
     assert kv_bytes_per_token(spec, torch.bfloat16) * 2 == token_bytes
+    assert kv_bytes_per_token(spec, torch.int8) == 2 * 3 * 2 * (8 + 4)
     assert blocks_that_fit(spec, torch.float32, 16, 5 * 16 * token_bytes + 1) == 5
     with pytest.raises(ConfigError, match="kv-memory-mib"):
         blocks_that_fit(spec, torch.float32, 16, 16 * token_bytes - 1)

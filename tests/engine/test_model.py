@@ -158,3 +158,15 @@ def test_bfloat16_computes_the_same_model(tiny_folder: Path) -> None:
     wanted = dense_logits(tiny_weights(), PROMPT)[-1]
     assert logits.dtype == torch.float32
     assert torch.corrcoef(torch.stack((logits.double(), wanted)))[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
+def test_a_cache_of_fewer_bits_holds_the_same_model(tiny_folder: Path, stored: torch.dtype) -> None:
+    _, model, cache = load_tiny(tiny_folder, stored=stored)
+    poison(cache)
+    prefill_all(model, PROMPT[:-1], TABLE, 7)
+    with torch.inference_mode():
+        [logits] = next_tokens(model, [PROMPT[-1]], [len(PROMPT) - 1], [TABLE])
+    wanted = dense_logits(tiny_weights(), PROMPT)[-1]
+    assert not torch.allclose(logits.double(), wanted, rtol=1e-6), "it was stored as it was"
+    assert torch.corrcoef(torch.stack((logits.double(), wanted)))[0, 1] > 0.999

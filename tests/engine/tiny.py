@@ -93,10 +93,14 @@ def write_folder(folder: Path, weights: Weights, shards: int = 1) -> Path:
 
 
 def load_tiny(
-    folder: Path, blocks: int = 24, block_size: int = 4, dtype: torch.dtype = torch.float32
+    folder: Path,
+    blocks: int = 24,
+    block_size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
 ) -> tuple[ModelSpec, Llama, PagedKvCache]:
     spec = load_spec(folder)
-    cache = PagedKvCache(spec, blocks, block_size, dtype, CPU)
+    cache = PagedKvCache(spec, blocks, block_size, dtype, CPU, stored)
     return spec, Llama(spec, load_weights(folder, spec, dtype, CPU), cache), cache
 
 
@@ -132,7 +136,7 @@ def poison(cache: PagedKvCache, keep: Sequence[int] = ()) -> None:
     """Fill every block but those in `keep` with NaN."""
     others = [block for block in range(cache.blocks) if block not in keep]
     for layer in (*cache.keys, *cache.values):
-        layer[others] = float("nan")
+        layer[others] = -1 if layer.dtype == torch.int8 else float("nan")  # a scale of NaN
 
 
 def dense_logits(weights: Weights, token_ids: Sequence[int]) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Side:
         self.spec, self.block_size, self.config = spec, block_size, config
         self.cache = PagedKvCache(spec, blocks, block_size, dtype, CPU)
         for rows in (*self.cache.keys, *self.cache.values):
-            rows.fill_(float("nan"))
+            rows.view(torch.uint8).fill_(0xFF)  # NaN in every dtype, scales of int8 included
         self.pool = BlockPool(blocks)
         self.ends = Ends()
         self.faults: list[dict[str, Any]] = []
@@ -92,7 +92,7 @@ class Side:
         return blocks[::2] + blocks[1::2][::-1]
 
     def read(self, table: tuple[int, ...], tokens: int) -> torch.Tensor:
-        """[layers, kv_heads, 2, tokens, head_dim]"""
+        """[layers, kv_heads, 2, tokens, row]"""
         return torch.stack(
             [self.cache.read_span(layer, table, 0, tokens) for layer in range(self.spec.layers)]
         )
@@ -124,8 +124,9 @@ class PrefillSide(Side):
         """Offer a prompt; its KV is there from the start. Returns what `read` would."""
         table = self.tables[ticket] = self.lease(ticket, tokens)
         for layer in range(self.spec.layers):
-            kv = torch.randn(self.spec.kv_heads, 2, tokens, self.spec.head_dim)
-            self.cache.write_span(layer, table, 0, tokens, kv.to(self.cache.dtype))
+            slots = self.cache.slots_of(table, 0, tokens)
+            keys, values = torch.randn(2, tokens, self.spec.kv_heads, self.spec.head_dim)
+            self.cache.write(layer, slots, keys, values)
         self.ends.expect(ticket)
         self.outgoing.begin(ticket, address, tokens, table, deadline or self.now() + PATIENCE_S)
         return self.read(table, tokens)

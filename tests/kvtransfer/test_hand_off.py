@@ -26,7 +26,7 @@ from tests.kvtransfer.settings import make_spec
 # --- what arrives ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("block_sizes", [(4, 7), (16, 4), (4, 4)], ids=str)
 def test_kv_of_any_length_arrives_as_it_was_in_blocks_of_another_size(
     dtype: torch.dtype, block_sizes: tuple[int, int]

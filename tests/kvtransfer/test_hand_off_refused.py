@@ -52,7 +52,7 @@ def test_a_node_with_another_layout_is_refused_by_a_sentence_that_says_what_diff
         assert error.code is Code.FAILED_PRECONDITION
         assert sentence in error.message
         assert f"the decode node {decode.address}" in error.message
-        assert "start both with the same model and dtype" in error.message
+        assert "start both with the same --model" in error.message
 
     play(story, lambda: PrefillSide(OTHER_MODELS[sentence]))
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from baton.kv_layout import ELEMENT_BYTES, Layout
+from baton.kv_layout import ELEMENT_BYTES, Layout, row_bytes
 from kvtransfer.layout import MAX_UNIT_BYTES, PIECE_BYTES, Coverage, Unit, pieces
 
 LAYOUTS = st.builds(
@@ -49,7 +49,8 @@ def test_no_piece_is_too_large_for_a_dead_peer_to_be_noticed(total_bytes: int) -
 @given(LAYOUTS, TOKENS)
 def test_a_units_size_is_the_size_of_its_tensor(layout: Layout, tokens: int) -> None:
     dtype = getattr(torch, layout.dtype)
-    unit = torch.empty(layout.kv_heads, 2, tokens, layout.head_dim, dtype=dtype)
+    row = row_bytes(layout.dtype, layout.head_dim) // dtype.itemsize
+    unit = torch.empty(layout.kv_heads, 2, tokens, row, dtype=dtype)
     assert layout.unit_bytes(tokens) == unit.nbytes
     assert layout.head_bytes(tokens) == unit[0].nbytes
 

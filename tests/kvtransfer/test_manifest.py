@@ -72,7 +72,7 @@ def test_another_layout_is_refused_with_both_values_and_the_remedy(
 ) -> None:
     sentence = refusal(make_manifest(replace(MINE, **{field: theirs}), 100, 32))
     assert f"{field} {theirs!r} there and {getattr(MINE, field)!r} here" in sentence
-    assert "start both with the same model and dtype" in sentence
+    assert "start both with the same --model" in sentence
     others = {"model_fingerprint", "dtype", "layers", "kv_heads", "head_dim"} - {field}
     assert not [other for other in others if f"{other} " in sentence]
 
