@@ -16,6 +16,9 @@ from baton.kv_layout import ELEMENT_BYTES, row_bytes
 from baton.model.spec import ModelSpec
 from engine.segments import Segment
 
+QUANTISED_BYTES = {"int8": 1.0, "int4": 0.5 + 4 / 32}
+"""Of a weight; an int4 group of 32 has a scale and a middle of two bytes each."""
+
 OVERHEAD_FACTOR = 2.0
 """A step that took this many times what its bounds explain is bound by neither of them."""
 
@@ -64,7 +67,13 @@ def matrix_weights(spec: ModelSpec, tokens: int, *, read: bool) -> int:
     return total
 
 
-def step_work(spec: ModelSpec, dtype: str, segments: Sequence[Segment], kv_dtype: str = "") -> Work:
+def step_work(
+    spec: ModelSpec,
+    dtype: str,
+    segments: Sequence[Segment],
+    kv_dtype: str = "",
+    quantisation: str = "none",
+) -> Work:
     """Everything that a step of these segments has to do.
 
     `kv_dtype` is what the cache stores, that of the weights where it is empty.
@@ -75,13 +84,16 @@ def step_work(spec: ModelSpec, dtype: str, segments: Sequence[Segment], kv_dtype
     choices = sum(segment.choices for segment in segments)
     head = spec.hidden_size * spec.vocabulary_size
     flops = 2 * matrix_weights(spec, tokens, read=False) * tokens + 2 * head * choices
-    items = matrix_weights(spec, tokens, read=True) + (head if choices else 0)
+    wide = ELEMENT_BYTES[dtype]
+    weight_bytes = QUANTISED_BYTES.get(quantisation, wide)
+    head_bytes = head * (wide if quantisation == "none" else 1) if choices else 0
+    bytes_read = round(matrix_weights(spec, tokens, read=True) * weight_bytes) + head_bytes
     for window, layers in Counter(spec.window_of(layer) for layer in range(spec.layers)).items():
         pairs = sum(_pairs(segment, window) for segment in segments)
         seen = sum(_seen(segment, window) for segment in segments)
         flops += layers * 4 * spec.query_heads * spec.head_dim * pairs
         kv_bytes += layers * 2 * spec.kv_heads * row * seen
-    return Work(flops, items * ELEMENT_BYTES[dtype] + kv_bytes)
+    return Work(flops, bytes_read + kv_bytes)
 
 
 def _pairs(segment: Segment, window: int | None) -> int:

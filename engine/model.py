@@ -13,10 +13,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from baton.errors import ConfigError
 from baton.model.spec import ModelSpec
 from engine.attention import StepAttention
 from engine.kv_cache import PagedKvCache
-from engine.linear import Linear
 from engine.operations import (
     mixture,
     rms_norm,
@@ -24,10 +24,12 @@ from engine.operations import (
     rotate,
     silu_mul,
 )
+from engine.quantised import Make, Quantisation, head_maker, linear_maker
 from engine.segments import Segment
 from engine.weights import LayerWeights, ModelWeights
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
+Product = Callable[[torch.Tensor], torch.Tensor]  # [tokens, inputs] to [tokens, outputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +37,27 @@ class _Layer:
     """One decoder layer, ready to compute."""
 
     input_norm: torch.Tensor
-    qkv: Linear
+    qkv: Product
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    output: Linear
+    output: Product
     post_norm: torch.Tensor
-    feed_forward: Callable[[torch.Tensor], torch.Tensor]  # [tokens, hidden] to the same
+    feed_forward: Product
 
 
-def _ready(layer: LayerWeights, spec: ModelSpec) -> _Layer:
+def _ready(layer: LayerWeights, spec: ModelSpec, make: Make) -> _Layer:
     return _Layer(
         layer.input_norm,
-        Linear(layer.qkv, layer.qkv_bias),
+        make(layer.qkv, layer.qkv_bias),
         layer.query_norm,
         layer.key_norm,
-        Linear(layer.output, layer.output_bias),
+        make(layer.output, layer.output_bias),
         layer.post_norm,
-        _feed_forward(layer, spec),
+        _feed_forward(layer, spec, make),
     )
 
 
-def _feed_forward(layer: LayerWeights, spec: ModelSpec) -> Callable[[torch.Tensor], torch.Tensor]:
+def _feed_forward(layer: LayerWeights, spec: ModelSpec, make: Make) -> Product:
     """The layer's one network, or its experts."""
     if layer.router is not None and spec.experts is not None:
         return partial(
@@ -66,7 +68,7 @@ def _feed_forward(layer: LayerWeights, spec: ModelSpec) -> Callable[[torch.Tenso
             per_token=spec.experts.per_token,
             normalised=spec.experts.normalised,
         )
-    gate_up, down = Linear(layer.gate_up), Linear(layer.down)
+    gate_up, down = make(layer.gate_up, None), make(layer.down, None)
     return lambda normed: down(silu_mul(gate_up(normed)))
 
 
@@ -76,13 +78,23 @@ class Llama:
     Takes the layers out of `weights`, so that none is held twice while it is made ready.
     """
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: PagedKvCache) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        cache: PagedKvCache,
+        quantisation: Quantisation = "none",
+    ) -> None:
+        """Raises `ConfigError` where the model cannot be quantised so."""
+        if quantisation != "none" and spec.experts is not None:
+            raise ConfigError("experts cannot be quantised yet; leave --quantize out")
+        make = linear_maker(quantisation)
         self._spec = spec
         self._cache = cache
         self._embedding = weights.embedding
-        self._layers = tuple(_ready(weights.layers.pop(0), spec) for _ in range(spec.layers))
+        self._layers = tuple(_ready(weights.layers.pop(0), spec, make) for _ in range(spec.layers))
         self._norm = weights.norm
-        self._head = Linear(weights.head)
+        self._head = head_maker(quantisation)(weights.head, None)
         scaling, theta = spec.rope_scaling, spec.rope_theta
         divisors = None if scaling is None else scaling.divisors(spec.head_dim, theta)
         self._cosines, self._sines = rotary_table(

@@ -17,6 +17,7 @@ from engine.kv_cache import PagedKvCache, blocks_that_fit, dtype_name
 from engine.limits import measure_limits
 from engine.memory import KvMemory, kv_bytes
 from engine.model import Llama
+from engine.quantised import Quantisation
 from engine.sampler import choose
 from engine.segments import Segment
 from engine.weights import ModelWeights, load_weights
@@ -28,11 +29,18 @@ KV_DTYPES = DTYPES | {"int8": torch.int8}
 class Runner:
     """A loaded model over its cache. Threads are the caller's: `torch.set_num_threads`."""
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, cache: PagedKvCache) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        cache: PagedKvCache,
+        quantisation: Quantisation = "none",
+    ) -> None:
         self.spec = spec
         self.cache = cache
         self.meter = Meter()
-        self._model = Llama(spec, weights, cache)
+        self._model = Llama(spec, weights, cache, quantisation)
+        self._quantisation = quantisation
 
     @classmethod
     def load(
@@ -44,11 +52,14 @@ class Runner:
         block_size: int,
         kv: KvMemory,
         kv_dtype: str = "",
+        quantisation: Quantisation = "none",
     ) -> Runner:
         """Load a model's weights and give it a cache. Raises `ConfigError`, `UnsupportedModel`.
 
         The cache stores `kv_dtype`, or `dtype` where that is empty.
         """
+        if quantisation != "none" and device != "cpu":
+            raise ConfigError("--quantize works on CPUs only so far; leave it out on a GPU")
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch finds no GPU here; use --device cpu")
         kind, place = DTYPES[dtype], torch.device(device)
@@ -58,7 +69,7 @@ class Runner:
         weights = load_weights(folder, spec, kind, place)
         blocks = kv.blocks or blocks_that_fit(spec, stored, block_size, kv_bytes(kv, place))
         cache = PagedKvCache(spec, blocks, block_size, kind, place, stored)
-        return cls(spec, weights, cache)
+        return cls(spec, weights, cache, quantisation)
 
     @torch.inference_mode()
     def step(
@@ -81,9 +92,14 @@ class Runner:
         chosen = iter(choose(logits, params, positions)) if params else iter(())
         token_ids = [list(islice(chosen, segment.choices)) for segment in segments]
         dtypes = dtype_name(self.cache.dtype), dtype_name(self.cache.stored)
-        work = step_work(self.spec, dtypes[0], segments, dtypes[1])
+        work = step_work(self.spec, dtypes[0], segments, dtypes[1], self._quantisation)
         self.meter.add(kind, work, time.perf_counter() - begun)
         return token_ids
+
+    @torch.inference_mode()
+    def logits(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """Compute a step without choosing: float32 [choices of all segments, vocabulary]."""
+        return self._model.forward(segments)
 
     def warm_up(self) -> None:
         """One small real prefill and decode step, on blocks that nobody owns yet; and the limits.

@@ -225,6 +225,22 @@ def _add_bench(commands: Any) -> None:
     engine.add_argument("--json", action="store_true", help="print one object instead of a table")
     engine.add_argument("--report", metavar="FILE", help="write the table to a Markdown file too")
     engine.set_defaults(command=_bench_engine)
+    perplexity = benches.add_parser(
+        "perplexity",
+        help="what fewer bits cost: the default model's perplexity on a fixed text",
+        description="Read a fixed text in bfloat16, float32, int8 and int4 and compare how well it "
+        "is predicted.",
+    )
+    perplexity.add_argument("--threads", type=_count, default=1, metavar="N", help="to use (1)")
+    perplexity.add_argument("--json", action="store_true", help="print one object, not a table")
+    perplexity.add_argument("--report", metavar="FILE", help="write a Markdown file's section too")
+    perplexity.set_defaults(command=_bench_perplexity)
+
+
+def _bench_perplexity(options: argparse.Namespace) -> int:
+    from bench.perplexity import run_perplexity
+
+    return run_perplexity(options)
 
 
 def _bench_engine(options: argparse.Namespace) -> int:

@@ -78,6 +78,7 @@ def _load(kind: NodeKind, config: Config) -> tuple[Runner, Layout, Runner | None
             config.block_size,
             kv,
             config.stored_kv_dtype,
+            config.quantize,
         )
 
     torch.set_num_threads(config.threads)
