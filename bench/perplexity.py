@@ -24,7 +24,6 @@ from baton.model.text import TextCodec
 from bench.report import write_section
 from engine.block_pool import blocks_for
 from engine.memory import KvMemory
-from engine.quantised import Quantisation
 from engine.runner import Runner
 from engine.segments import Segment
 
@@ -40,7 +39,7 @@ class Precision:
 
     name: str
     dtype: str
-    quantisation: Quantisation = "none"
+    quantize: str = "none"
     kv_dtype: str = ""
     goal: float | None = None
 
@@ -87,7 +86,7 @@ def run(progress: Callable[[str], None]) -> dict[str, Any]:
             BLOCK,
             KvMemory(blocks=blocks_for(WINDOW, BLOCK)),
             precision.kv_dtype,
-            precision.quantisation,
+            precision.quantize,
         )
         found[precision.name] = perplexity(runner, token_ids)
     base = found["bfloat16"]

@@ -16,9 +16,9 @@ from baton.kv_layout import ELEMENT_BYTES, row_bytes
 from baton.model.spec import ModelSpec
 from engine.segments import Segment
 
-QUANTISED_BYTES = {"int8": 1.0, "int4": 0.5 + 4 / 32}
-"""Of a weight; an int4 group of 32 has a scale and a middle of two bytes each."""
-
+MATRIX_BYTES = {"int8": 1.0, "int4": 0.5}
+"""Bytes of one weight of a layer's matrix, without its scales."""
+_INT4_GROUP = 32
 OVERHEAD_FACTOR = 2.0
 """A step that took this many times what its bounds explain is bound by neither of them."""
 
@@ -67,12 +67,25 @@ def matrix_weights(spec: ModelSpec, tokens: int, *, read: bool) -> int:
     return total
 
 
+def weight_bytes(dtype: str, quantize: str) -> tuple[float, float]:
+    """Bytes that one weight takes in a layer's matrix, and in the head.
+
+    The head is int8 wherever weights are quantised. An int4 group has a scale and a zero; the one
+    scale of an int8 row is not counted.
+    """
+    item = float(ELEMENT_BYTES[dtype])
+    if quantize == "none":
+        return item, item
+    pairs = 2 * item / _INT4_GROUP if quantize == "int4" else 0.0
+    return MATRIX_BYTES[quantize] + pairs, MATRIX_BYTES["int8"]
+
+
 def step_work(
     spec: ModelSpec,
     dtype: str,
     segments: Sequence[Segment],
     kv_dtype: str = "",
-    quantisation: str = "none",
+    quantize: str = "none",
 ) -> Work:
     """Everything that a step of these segments has to do.
 
@@ -84,16 +97,15 @@ def step_work(
     choices = sum(segment.choices for segment in segments)
     head = spec.hidden_size * spec.vocabulary_size
     flops = 2 * matrix_weights(spec, tokens, read=False) * tokens + 2 * head * choices
-    wide = ELEMENT_BYTES[dtype]
-    weight_bytes = QUANTISED_BYTES.get(quantisation, wide)
-    head_bytes = head * (wide if quantisation == "none" else 1) if choices else 0
-    bytes_read = round(matrix_weights(spec, tokens, read=True) * weight_bytes) + head_bytes
+    matrix_bytes, head_bytes = weight_bytes(dtype, quantize)
+    weights = matrix_weights(spec, tokens, read=True) * matrix_bytes
+    weights += head * head_bytes if choices else 0
     for window, layers in Counter(spec.window_of(layer) for layer in range(spec.layers)).items():
         pairs = sum(_pairs(segment, window) for segment in segments)
         seen = sum(_seen(segment, window) for segment in segments)
         flops += layers * 4 * spec.query_heads * spec.head_dim * pairs
         kv_bytes += layers * 2 * spec.kv_heads * row * seen
-    return Work(flops, bytes_read + kv_bytes)
+    return Work(flops, round(weights) + kv_bytes)
 
 
 def _pairs(segment: Segment, window: int | None) -> int:

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from baton.errors import ConfigError
 from baton.model.spec import ModelSpec
 from engine.attention import StepAttention
 from engine.kv_cache import PagedKvCache
+from engine.linears import PLAIN, LinearMap, Linears, Matrix
 from engine.operations import (
     mixture,
     rms_norm,
@@ -24,12 +24,10 @@ from engine.operations import (
     rotate,
     silu_mul,
 )
-from engine.quantised import Make, Quantisation, head_maker, linear_maker
 from engine.segments import Segment
 from engine.weights import LayerWeights, ModelWeights
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
-Product = Callable[[torch.Tensor], torch.Tensor]  # [tokens, inputs] to [tokens, outputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +35,29 @@ class _Layer:
     """One decoder layer, ready to compute."""
 
     input_norm: torch.Tensor
-    qkv: Product
+    qkv: LinearMap
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    output: Product
+    output: LinearMap
     post_norm: torch.Tensor
-    feed_forward: Product
+    feed_forward: Callable[[torch.Tensor], torch.Tensor]  # [tokens, hidden] to the same
 
 
-def _ready(layer: LayerWeights, spec: ModelSpec, make: Make) -> _Layer:
+def _ready(layer: LayerWeights, spec: ModelSpec, number: int, linears: Linears) -> _Layer:
     return _Layer(
         layer.input_norm,
-        make(layer.qkv, layer.qkv_bias),
+        linears.make(number, Matrix.QKV, layer.qkv, layer.qkv_bias),
         layer.query_norm,
         layer.key_norm,
-        make(layer.output, layer.output_bias),
+        linears.make(number, Matrix.OUTPUT, layer.output, layer.output_bias),
         layer.post_norm,
-        _feed_forward(layer, spec, make),
+        _feed_forward(layer, spec, number, linears),
     )
 
 
-def _feed_forward(layer: LayerWeights, spec: ModelSpec, make: Make) -> Product:
+def _feed_forward(
+    layer: LayerWeights, spec: ModelSpec, number: int, linears: Linears
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The layer's one network, or its experts."""
     if layer.router is not None and spec.experts is not None:
         return partial(
@@ -68,7 +68,8 @@ def _feed_forward(layer: LayerWeights, spec: ModelSpec, make: Make) -> Product:
             per_token=spec.experts.per_token,
             normalised=spec.experts.normalised,
         )
-    gate_up, down = make(layer.gate_up, None), make(layer.down, None)
+    gate_up = linears.make(number, Matrix.GATE_UP, layer.gate_up)
+    down = linears.make(number, Matrix.DOWN, layer.down)
     return lambda normed: down(silu_mul(gate_up(normed)))
 
 
@@ -83,18 +84,16 @@ class Llama:
         spec: ModelSpec,
         weights: ModelWeights,
         cache: PagedKvCache,
-        quantisation: Quantisation = "none",
+        linears: Linears = PLAIN,
     ) -> None:
-        """Raises `ConfigError` where the model cannot be quantised so."""
-        if quantisation != "none" and spec.experts is not None:
-            raise ConfigError("experts cannot be quantised yet; leave --quantize out")
-        make = linear_maker(quantisation)
         self._spec = spec
         self._cache = cache
         self._embedding = weights.embedding
-        self._layers = tuple(_ready(weights.layers.pop(0), spec, make) for _ in range(spec.layers))
+        self._layers = tuple(
+            _ready(weights.layers.pop(0), spec, number, linears) for number in range(spec.layers)
+        )
         self._norm = weights.norm
-        self._head = head_maker(quantisation)(weights.head, None)
+        self._head = linears.head(weights.head)
         scaling, theta = spec.rope_scaling, spec.rope_theta
         divisors = None if scaling is None else scaling.divisors(spec.head_dim, theta)
         self._cosines, self._sines = rotary_table(

@@ -15,9 +15,9 @@ from engine.accounting import Kind, Meter, step_work
 from engine.block_pool import blocks_for
 from engine.kv_cache import PagedKvCache, blocks_that_fit, dtype_name
 from engine.limits import measure_limits
+from engine.linears import PLAIN, Linears, check_quantise
 from engine.memory import KvMemory, kv_bytes
 from engine.model import Llama
-from engine.quantised import Quantisation
 from engine.sampler import choose
 from engine.segments import Segment
 from engine.weights import ModelWeights, load_weights
@@ -34,13 +34,13 @@ class Runner:
         spec: ModelSpec,
         weights: ModelWeights,
         cache: PagedKvCache,
-        quantisation: Quantisation = "none",
+        linears: Linears = PLAIN,
     ) -> None:
         self.spec = spec
         self.cache = cache
         self.meter = Meter()
-        self._model = Llama(spec, weights, cache, quantisation)
-        self._quantisation = quantisation
+        self._model = Llama(spec, weights, cache, linears)
+        self._quantize = linears.quantize
 
     @classmethod
     def load(
@@ -52,16 +52,15 @@ class Runner:
         block_size: int,
         kv: KvMemory,
         kv_dtype: str = "",
-        quantisation: Quantisation = "none",
+        quantize: str = "none",
     ) -> Runner:
         """Load a model's weights and give it a cache. Raises `ConfigError`, `UnsupportedModel`.
 
         The cache stores `kv_dtype`, or `dtype` where that is empty.
         """
-        if quantisation != "none" and device != "cpu":
-            raise ConfigError("--quantize works on CPUs only so far; leave it out on a GPU")
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch finds no GPU here; use --device cpu")
+        check_quantise(quantize, spec, device)
         kind, place = DTYPES[dtype], torch.device(device)
         stored = KV_DTYPES[kv_dtype or dtype]
         if kv.asked_bytes:
@@ -69,7 +68,7 @@ class Runner:
         weights = load_weights(folder, spec, kind, place)
         blocks = kv.blocks or blocks_that_fit(spec, stored, block_size, kv_bytes(kv, place))
         cache = PagedKvCache(spec, blocks, block_size, kind, place, stored)
-        return cls(spec, weights, cache, quantisation)
+        return cls(spec, weights, cache, Linears(quantize, folder, spec))
 
     @torch.inference_mode()
     def step(
@@ -92,7 +91,7 @@ class Runner:
         chosen = iter(choose(logits, params, positions)) if params else iter(())
         token_ids = [list(islice(chosen, segment.choices)) for segment in segments]
         dtypes = dtype_name(self.cache.dtype), dtype_name(self.cache.stored)
-        work = step_work(self.spec, dtypes[0], segments, dtypes[1], self._quantisation)
+        work = step_work(self.spec, dtypes[0], segments, dtypes[1], self._quantize)
         self.meter.add(kind, work, time.perf_counter() - begun)
         return token_ids
 

@@ -75,6 +75,12 @@ def _add_up(commands: Any) -> None:
     parser.add_argument("--decode", type=_count, default=1, metavar="N", help="decode nodes (1)")
     parser.add_argument("--model", default=_default("model"), help=_describe("model"))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--quantize",
+        choices=["none", "int8", "int4"],
+        default=_default("quantize"),
+        help=_describe("quantize"),
+    )
     parser.add_argument("--port", type=_port, default=7000, help="gRPC port; 0 picks one (7000)")
     parser.add_argument(
         "--http-port", type=_port, default=8000, help="HTTP port; 0 picks one (8000)"

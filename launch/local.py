@@ -35,6 +35,7 @@ class ClusterPlan:
     decode: int = 1
     model: str = "smollm2-135m-instruct"
     dtype: str = "float32"
+    quantize: str = "none"
     port: int = 7000
     http_port: int = 8000
     threads: int = 0  # per node; 0 shares this machine's cores out
@@ -113,6 +114,7 @@ def _node_flags(plan: ClusterPlan, router: str) -> list[str]:
     return [
         f"--router={router}",
         f"--dtype={plan.dtype}",
+        f"--quantize={plan.quantize}",
         f"--threads={plan.threads_per_node}",
         f"--kv-memory-mib={plan.kv_memory_mib}",
         f"--memory-share={1 / (plan.prefill + plan.decode):.4f}",

@@ -20,6 +20,7 @@ def run_up(options: argparse.Namespace) -> int:
         decode=options.decode,
         model=options.model,
         dtype=options.dtype,
+        quantize=options.quantize,
         port=options.port,
         http_port=options.http_port,
         threads=options.threads,

@@ -19,6 +19,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 WEIGHT_FILE = "model.safetensors"
+INT4_FILE = "int4.safetensors"
+"""Beside `model.safetensors`, what an import kept of a GGUF file's 4-bit blocks."""
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 
 

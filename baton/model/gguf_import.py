@@ -25,19 +25,23 @@ from baton.errors import UnsupportedModel
 from baton.model.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
+    INT4_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     WEIGHT_FILE,
 )
+from baton.model.gguf_blocks import INT4_KINDS, packed_integers, scales_zeros
 from baton.model.gguf_config import Shape, config_from_gguf
 from baton.model.gguf_families import GgufFamily, Source, gguf_family, sources
 from baton.model.gguf_tokenizer import build_tokenizer
 
-IMPORT_VERSION = 2
+IMPORT_VERSION = 3
 """Raised when the same GGUF file would be turned into another folder; old caches then go unused."""
 
 Progress = Callable[[str], None]
 _MAGIC = b"GGUF"
+_ITEM_BYTES = {"F32": 4, "U8": 1}
+_NUMPY = {"F32": "<f4", "U8": "u1"}
 _PIECE_ELEMENTS = 4 << 20
 _ROPE_DIVISORS = "rope_freqs.weight"
 
@@ -48,7 +52,8 @@ class _Weight:
 
     name: str
     shape: Shape
-    pieces: Callable[[], Iterator[NDArray[np.float32]]]
+    pieces: Callable[[], Iterator[NDArray[Any]]]
+    dtype: str = "F32"
 
 
 def import_gguf(path: Path, into: Path, progress: Progress) -> None:
@@ -73,6 +78,8 @@ def import_gguf(path: Path, into: Path, progress: Progress) -> None:
     layers = config["num_hidden_layers"]
     progress(f"importing {len(weights)} tensors of {layers} layers from {path.name}")
     _write_safetensors(into / WEIGHT_FILE, weights)
+    if blocks := _blocks(tensors, family, config):
+        _write_safetensors(into / INT4_FILE, blocks)
 
 
 def _open(path: Path) -> GGUFReader:
@@ -158,11 +165,41 @@ def _weight(source: Source, tensor: Any | None, config: Mapping[str, Any]) -> _W
     return _Weight(source.name, shape, pieces)
 
 
-def _halves_from_pairs(weight: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+def _blocks(
+    tensors: Mapping[str, Any], family: GgufFamily, config: Mapping[str, Any]
+) -> list[_Weight]:
+    """The integers, scales and zeros of every layer's matrix in 4-bit blocks, as the file has them.
+
+    For W: `W.integers` U8 [rows, columns / 2] and `W.scales_zeros` F32 [rows, columns / 32, 2].
+    """
+    found: list[_Weight] = []
+    for source in sources(family, config):
+        tensor = tensors[source.gguf_name]
+        shape, kind = _shape(tensor), tensor.tensor_type
+        if len(shape) != 2 or kind not in INT4_KINDS or not source.name.startswith("model.layers."):
+            continue
+        unit = shape[0] // source.heads if source.heads else 1
+
+        def integers(data: Any = tensor.data, kind: Any = kind, unit: int = unit) -> Iterator[Any]:
+            yield _halves_from_pairs(packed_integers(data, kind), unit)
+
+        def scales(data: Any = tensor.data, kind: Any = kind, unit: int = unit) -> Iterator[Any]:
+            flat = _halves_from_pairs(scales_zeros(data, kind), unit)
+            yield flat.reshape(len(flat), -1, 2)
+
+        rows, columns = shape
+        found.append(_Weight(f"{source.name}.integers", (rows, columns // 2), integers, "U8"))
+        found.append(_Weight(f"{source.name}.scales_zeros", (rows, columns // 32, 2), scales))
+    return found
+
+
+def _halves_from_pairs(weight: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """Undo the row order of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
 
     Within each head, rows (0, h), (1, h + 1), ... stood side by side; h is half of head_dim.
     """
+    if head_dim == 1:
+        return weight
     rows, columns = weight.shape
     pairs = weight.reshape(rows // head_dim, head_dim // 2, 2, columns)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)
@@ -180,9 +217,9 @@ def _write_safetensors(file: Path, weights: list[_Weight]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for weight in weights:
-        start, end = end, end + 4 * int(np.prod(weight.shape))
+        start, end = end, end + _ITEM_BYTES[weight.dtype] * int(np.prod(weight.shape))
         shape = list(weight.shape)
-        header[weight.name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        header[weight.name] = {"dtype": weight.dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
@@ -191,5 +228,5 @@ def _write_safetensors(file: Path, weights: list[_Weight]) -> None:
             rows = 0
             for piece in weight.pieces():
                 rows += len(piece)
-                stream.write(piece.astype("<f4", copy=False).tobytes())
+                stream.write(piece.astype(_NUMPY[weight.dtype], copy=False).tobytes())
             assert rows == weight.shape[0], weight.name

@@ -1,8 +1,8 @@
 """Kernels in C, compiled at first use by the system's compiler into the user's cache.
 
-The library's name holds a hash of source, flags and compiler, and the processor is asked before each
-load, so what does not fit this machine is never loaded; several processes that start at once build
-it once (`make_once`).
+The library's name holds a hash of source, flags and compiler, and the processor is asked before
+each load, so what does not fit this machine is never loaded; several processes that start at once
+build it once (`make_once`).
 """
 
 from __future__ import annotations

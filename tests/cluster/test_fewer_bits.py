@@ -29,7 +29,7 @@ def test_quantised_weights_answer_nearly_the_same(cluster: RunningCluster, bits:
     options = Options(max_tokens=8)
     with cluster.client() as client:
         wanted = answer(client, ASK, options)
-    with running_cluster(BATON_QUANTIZE=bits) as narrow, narrow.client() as client:
+    with running_cluster(f"--quantize={bits}") as narrow, narrow.client() as client:
         got = answer(client, ASK, options)
         reads = narrow.status("decode-0").counters
     same = [a == b for a, b in zip(got.token_ids, wanted.token_ids, strict=False)]

@@ -19,6 +19,7 @@ from engine.accounting import (
     bound_of,
     matrix_weights,
     step_work,
+    weight_bytes,
 )
 from engine.generate import generate
 from engine.segments import Segment
@@ -150,3 +151,12 @@ def test_a_runner_counts_every_step_and_none_of_its_warm_up(tiny_folder: Path) -
         bounds = [counted[f"{kind}_bound_by_{bound}"] for bound in Bound]
         assert sum(bounds) == counted[f"{kind}_steps"]
         assert counted[f"{kind}_busy_us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("quantize", "layer_bytes", "head_bytes"),
+    [("none", 2.0, 2.0), ("int8", 1.0, 1.0), ("int4", 0.625, 1.0)],
+)
+def test_bytes_of_quantised_weights(quantize: str, layer_bytes: float, head_bytes: float) -> None:
+    """An int4 group of 32 has a scale and a zero of two bytes each in bfloat16."""
+    assert weight_bytes("bfloat16", quantize) == (layer_bytes, head_bytes)
