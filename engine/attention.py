@@ -14,11 +14,20 @@ import torch
 
 from baton.model.spec import ModelSpec
 from engine.kv_cache import PagedKvCache
+from engine.native.attention import NativeStepAttention, serves_cache
 from engine.operations import batch_attention, chunk_attention
 from engine.segments import Segment
 
 NARROW_TOKENS = 16
 """Segments of up to so many tokens share a batch: an answer's next token, and guesses behind it."""
+
+
+def step_attention(
+    spec: ModelSpec, cache: PagedKvCache, segments: Sequence[Segment]
+) -> StepAttention | NativeStepAttention:
+    """The attention of one step, by what serves this cache best."""
+    kind = NativeStepAttention if serves_cache(cache) else StepAttention
+    return kind(spec, cache, segments)
 
 
 @dataclass(frozen=True, slots=True)

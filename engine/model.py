@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from baton.model.spec import ModelSpec
-from engine.attention import StepAttention
+from engine.attention import step_attention
 from engine.kv_cache import PagedKvCache
 from engine.linears import PLAIN, LinearMap, Linears, Matrix
 from engine.operations import (
@@ -112,7 +112,7 @@ class Llama:
         token_ids = torch.tensor([t for segment in segments for t in segment.token_ids])
         positions = torch.tensor([p for s in segments for p in range(s.start, s.stop)])
         slots = torch.cat([self._cache.slots_of(s.block_table, s.start, s.stop) for s in segments])
-        attention = StepAttention(self._spec, self._cache, segments)
+        attention = step_attention(self._spec, self._cache, segments)
         hidden = self._run_layers(
             token_ids.to(device), positions.to(device), slots, attention.attend, on_layer
         )

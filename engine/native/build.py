@@ -19,7 +19,7 @@ import structlog
 from baton.errors import ConfigError
 from baton.model.cache import cache_folder, make_once
 
-_SOURCE = Path(__file__).with_name("gemm.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("gemm.c", "attention.c")]
 _FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-shared", "-fPIC")
 _NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
 _BUILD_TIMEOUT_S = 120.0
@@ -48,7 +48,7 @@ def _load() -> ctypes.CDLL:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=True, timeout=_BUILD_TIMEOUT_S
     ).stdout
-    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version)
+    parts = (*(source.read_bytes() for source in _SOURCES), " ".join(_FLAGS).encode(), version)
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target = cache_folder() / "native" / f"kernels-{key}.so"
     path = make_once(target, functools.partial(_build, compiler), _log.info, _BUILD_TIMEOUT_S)
@@ -56,6 +56,14 @@ def _load() -> ctypes.CDLL:
     product = loaded.baton_linear_bf16
     product.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
     product.restype = None
+    attention = loaded.baton_attention_bf16
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    attention.argtypes = [
+        *(pointer, number, pointer, pointer, pointer, pointer, number, pointer),
+        *(number,) * 5,
+        ctypes.c_float,
+    ]
+    attention.restype = ctypes.c_int
     return loaded
 
 
@@ -78,7 +86,7 @@ def _compiler() -> str:
 
 def _build(compiler: str, target: Path) -> None:
     done = subprocess.run(
-        [compiler, *_FLAGS, "-o", str(target), str(_SOURCE)],
+        [compiler, *_FLAGS, "-o", str(target), *map(str, _SOURCES), "-lm"],
         capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S,
     )  # fmt: skip
     if done.returncode:
