@@ -37,25 +37,48 @@ static inline __m512 exp512(__m512 x)
     return _mm512_scalef_ps(p, n);
 }
 
+/* Sixteen rows of sixteen become sixteen columns: by twos, fours, eights, then whole lanes. */
+static inline void transpose(__m512i x[16])
+{
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+        y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+        y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+        y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+        x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
+    }
+}
+
 /* Keys of `count` tokens as [pairs of dims][64 tokens][2], zero behind the last. */
 static void pack_keys(const uint16_t *const *rows, int count, int64_t pairs, uint32_t *out)
 {
-    uint32_t line[16][16];
     for (int64_t p = 0; p < pairs; p += 16) {
         int wide = pairs - p < 16 ? (int)(pairs - p) : 16;
         __mmask16 mask = (__mmask16)((1u << wide) - 1);
         for (int t = 0; t < SPAN; t += 16) {
-            for (int i = 0; i < 16; i++) {
-                __m512i row = t + i < count
+            __m512i x[16];
+            for (int i = 0; i < 16; i++)
+                x[i] = t + i < count
                     ? _mm512_maskz_loadu_epi32(mask, (const uint32_t *)rows[t + i] + p)
                     : _mm512_setzero_si512();
-                _mm512_storeu_si512(line[i], row);
-            }
-            __m512i lanes = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176,
-                                              192, 208, 224, 240);
+            if (t < count)
+                transpose(x);
             for (int k = 0; k < wide; k++)
-                _mm512_storeu_si512(out + (p + k) * SPAN + t,
-                                    _mm512_i32gather_epi32(lanes, (const int *)line[0] + k, 4));
+                _mm512_storeu_si512(out + (p + k) * SPAN + t, x[k]);
         }
     }
 }
