@@ -19,8 +19,9 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 WEIGHT_FILE = "model.safetensors"
-INT4_FILE = "int4.safetensors"
-"""Beside `model.safetensors`, what an import kept of a GGUF file's 4-bit blocks."""
+INT4_FILE = "int4.blocks"
+"""Beside `model.safetensors`, what an import kept of a GGUF file's 4-bit blocks. It is of the same
+format, but others that read the folder load every `*.safetensors` in it as weights."""
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 
 

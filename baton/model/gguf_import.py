@@ -35,7 +35,7 @@ from baton.model.gguf_config import Shape, config_from_gguf
 from baton.model.gguf_families import GgufFamily, Source, gguf_family, sources
 from baton.model.gguf_tokenizer import build_tokenizer
 
-IMPORT_VERSION = 3
+IMPORT_VERSION = 4
 """Raised when the same GGUF file would be turned into another folder; old caches then go unused."""
 
 Progress = Callable[[str], None]
