@@ -36,6 +36,11 @@ class BlockChain:
         self._root = chain_root(block_size, salt)
         self.extend(token_ids)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens were taken in."""
+        return len(self.hashes) * self._block_size + len(self._rest)
+
     def extend(self, token_ids: Sequence[int]) -> None:
         """Take in the tokens that follow."""
         rest = [*self._rest, *token_ids]

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from baton.block_hash import BlockHash, chain_of
+from baton.block_hash import BlockChain, BlockHash
 from baton.errors import BatonError, DeadlineExceeded, Overloaded
 from baton.ids import Ticket
 from baton.sampling import FinishReason, SamplingParams, StopParams
@@ -79,7 +79,7 @@ class _Leg:
     sampling: SamplingParams
     stop: StopParams
     deadline: float
-    cache_salt: str
+    chain: BlockChain  # of the tokens, brought up to date when it is asked
     state: LegState = LegState.WAITING
     block_table: tuple[int, ...] = ()
     receiving: bool = False  # the hand-off may still write the blocks
@@ -264,7 +264,9 @@ class DecodeScheduler:
         leg.computed = 0
 
     def _hashes(self, leg: _Leg, tokens: int) -> list[BlockHash]:
-        return chain_of(self._block_size, leg.cache_salt, leg.token_ids[:tokens])
+        """The names of the full blocks of the leg's first tokens."""
+        leg.chain.extend(leg.token_ids[leg.chain.tokens :])
+        return leg.chain.hashes[: tokens // self._block_size]
 
     def _admit(self) -> list[Action]:
         """Lease blocks to legs that have none, in order of arrival, until one does not fit."""
@@ -306,7 +308,7 @@ class DecodeScheduler:
             event.sampling,
             event.stop,
             event.deadline,
-            event.cache_salt,
+            BlockChain(self._block_size, event.cache_salt),
         )
         if blocks_for(leg.kv_tokens, self._block_size) > self._pool.total:
             error = Overloaded(
