@@ -76,15 +76,25 @@ class PagedKvCache:
         self._key_rows = [layer.flatten(0, 1) for layer in self.keys]
         self._value_rows = [layer.flatten(0, 1) for layer in self.values]
 
-    def slots_of(self, block_table: Sequence[int], start: int, stop: int) -> torch.Tensor:
-        """Slots of the tokens [start, stop) of a sequence: int64 [stop - start].
+    def slot_numbers(self, block_table: Sequence[int], start: int, stop: int) -> list[int]:
+        """Slots of the tokens [start, stop) of a sequence.
 
         Raises IndexError where the table is too short.
         """
-        table = torch.tensor(block_table, dtype=torch.int64)
-        tokens = torch.arange(start, stop)
-        block, offset = tokens // self.block_size, tokens % self.block_size
-        return (table[block] * self.block_size + offset).to(self.device)
+        size = self.block_size
+        slots: list[int] = []
+        for number in range(start // size, -(-stop // size)):
+            base, begin = block_table[number] * size, number * size
+            slots += range(base + max(0, start - begin), base + min(size, stop - begin))
+        return slots
+
+    def slots_of(self, block_table: Sequence[int], start: int, stop: int) -> torch.Tensor:
+        """`slot_numbers` as int64 [stop - start] on the cache's device."""
+        return self.as_slots(self.slot_numbers(block_table, start, stop))
+
+    def as_slots(self, numbers: list[int]) -> torch.Tensor:
+        """Slot numbers as what `read` and `write` take."""
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
