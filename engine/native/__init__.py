@@ -5,19 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from engine.native.build import library
+from engine.native.build import kernels_for, library
 
 _TILE = 32
 
 
 def serves(weight: torch.Tensor) -> bool:
     """Whether the kernels multiply by this matrix: bfloat16, on one CPU thread, and they built."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype is torch.bfloat16
-        and torch.get_num_threads() == 1
-        and library() is not None
-    )
+    return weight.dtype is torch.bfloat16 and kernels_for(weight.device) is not None
 
 
 class NativeLinear:

@@ -10,7 +10,7 @@ import torch
 
 from baton.model.spec import ModelSpec
 from engine.kv_cache import PagedKvCache
-from engine.native.build import library
+from engine.native.build import kernels_for, library
 from engine.segments import Segment
 
 HEAD_DIM_STEP = 16
@@ -19,11 +19,9 @@ HEAD_DIM_STEP = 16
 def serves_cache(cache: PagedKvCache) -> bool:
     """Whether the kernel reads this cache: bfloat16, on one CPU thread, and it was built."""
     return (
-        cache.device.type == "cpu"
-        and cache.dtype == cache.stored == torch.bfloat16
+        cache.dtype == cache.stored == torch.bfloat16
         and cache.head_dim % HEAD_DIM_STEP == 0
-        and torch.get_num_threads() == 1
-        and library() is not None
+        and kernels_for(cache.device) is not None
     )
 
 

@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 import structlog
+import torch
 
 from baton.errors import ConfigError
 from baton.model.cache import cache_folder, make_once
@@ -28,6 +29,11 @@ _log = structlog.get_logger()
 
 class NoKernels(Exception):
     """Why there are no native kernels here."""
+
+
+def kernels_for(device: torch.device) -> ctypes.CDLL | None:
+    """The kernels where they compute on this device: a CPU, of which torch uses one thread."""
+    return library() if device.type == "cpu" and torch.get_num_threads() == 1 else None
 
 
 @functools.cache
