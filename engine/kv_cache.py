@@ -20,6 +20,7 @@ import torch
 from baton.errors import ConfigError
 from baton.kv_layout import SCALE_BYTES, row_bytes
 from baton.model.spec import ModelSpec
+from engine.quantised import quantise_int8
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -116,11 +117,8 @@ class PagedKvCache:
         """What is computed, [tokens, kv_heads, head_dim], as rows that are stored."""
         if self.stored != torch.int8:
             return x.to(self.stored)
-        wide = x.float()
-        scale = wide.abs().amax(-1, keepdim=True) / 127
-        # A row of zeros has the scale 0, and no number to divide by it.
-        whole = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
-        return torch.cat((whole.to(torch.int8), scale.view(torch.int8)), dim=-1)
+        integers, scales = quantise_int8(x)
+        return torch.cat((integers, scales[..., None].view(torch.int8)), dim=-1)
 
     def _unpack(self, rows: torch.Tensor) -> torch.Tensor:
         """The inverse, [tokens, kv_heads, head_dim] of `dtype`; in int8, to half a scale."""

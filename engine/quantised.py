@@ -34,14 +34,14 @@ _INNER_TILES: Final = 1  # the CPU's packing takes the argument and ignores it
 
 
 def quantise_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[outputs, inputs] of floats as int8 of the same shape and float32 scales [outputs].
+    """Rows [..., inputs] of floats as int8 of the same shape and float32 scales [...].
 
     No element moves by more than half a scale, which is the row's largest magnitude over 127.
     """
     wide = weight.float()
-    scales = wide.abs().amax(1) / 127
+    scales = wide.abs().amax(-1) / 127
     safe = torch.where(scales > 0, scales, 1.0)
-    return (wide / safe[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+    return (wide / safe[..., None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def quantise_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

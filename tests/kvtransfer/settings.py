@@ -9,6 +9,7 @@ import torch
 from baton.config import Config
 from baton.kv_layout import Layout
 from baton.model.spec import ModelSpec
+from engine.kv_cache import dtype_name
 from kvtransfer.link import LinkSettings
 
 CPU = torch.device("cpu")
@@ -39,8 +40,7 @@ def make_spec(layers: int = 3, kv_heads: int = 2, head_dim: int = 8) -> ModelSpe
 
 
 def layout_of(spec: ModelSpec, dtype: torch.dtype) -> Layout:
-    name = str(dtype).removeprefix("torch.")
-    return Layout(spec.fingerprint, name, spec.layers, spec.kv_heads, spec.head_dim)
+    return Layout(spec.fingerprint, dtype_name(dtype), spec.layers, spec.kv_heads, spec.head_dim)
 
 
 def make_settings(
