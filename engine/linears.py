@@ -8,10 +8,12 @@ groups are whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -21,7 +23,7 @@ from baton.model.folder import INT4_FILE
 from baton.model.spec import ModelSpec
 from engine.linear import Linear
 from engine.quantised import GROUP, Int4Linear, Int8Linear, check_shape
-from engine.shard import WHOLE, Shard
+from engine.weights import Kept
 
 
 class LinearMap(Protocol):
@@ -67,13 +69,15 @@ class Linears:
         self,
         quantize: str = "none",
         folder: Path | None = None,
-        spec: ModelSpec | None = None,
-        shard: Shard = WHOLE,
+        kept: Mapping[str, Kept] = MappingProxyType({}),
     ) -> None:
-        """`folder` is where an import may have left the file's own 4-bit integers."""
+        """`folder` is where an import may have left the file's own 4-bit integers.
+
+        `kept` says which rows and columns of each stored tensor this rank has, as loaded.
+        """
         self.quantize = quantize
         self._file = None if folder is None else folder / INT4_FILE
-        self._spec, self._shard = spec, shard
+        self._kept_parts = kept
 
     def make(
         self, layer: int, matrix: Matrix, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -95,49 +99,37 @@ class Linears:
         return Linear(weight) if self.quantize == "none" else Int8Linear(weight)
 
     @cached_property
-    def _names(self) -> frozenset[str]:
+    def _stored(self) -> Any:
+        """The file of integers, open; None where there is none."""
         if self._file is None or not self._file.exists():
-            return frozenset()
-        with safe_open(self._file, "pt") as stored:
-            return frozenset(stored.keys())
+            return None
+        return safe_open(self._file, "pt")
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self._stored.keys() if self._stored is not None else ())
 
     def _kept(
         self, layer: int, matrix: Matrix
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The file's integers [outputs, inputs], scales and zeros [outputs, groups], or None."""
         names = [f"model.layers.{layer}.{part}.weight" for part in matrix.value]
-        if self._file is None or not all(f"{name}.integers" in self._names for name in names):
+        if not all(f"{name}.integers" in self._names for name in names):
             return None
         parts = []
-        with safe_open(self._file, "pt") as stored:
-            for name in names:
-                packed = stored.get_tensor(f"{name}.integers")  # [rows, columns / 2]
-                integers = torch.stack((packed & 15, packed >> 4), 2).view(len(packed), -1)
-                pairs = stored.get_tensor(f"{name}.scales_zeros")  # [rows, columns / 32, 2]
-                rows, columns = self._slices(name, *integers.shape)
-                if columns.start % GROUP or columns.stop % GROUP:
-                    return None  # a rank's slice cuts a block in two
-                groups = slice(columns.start // GROUP, columns.stop // GROUP)
-                parts.append((integers[rows, columns], pairs[rows, groups]))
+        for name in names:
+            rows, columns = self._kept_parts[name]
+            if columns.start % GROUP or columns.stop % GROUP:
+                return None  # a rank's slice cuts a block in two
+            packed = self._stored.get_tensor(f"{name}.integers")  # [rows, columns / 2]
+            integers = torch.stack((packed & 15, packed >> 4), 2).view(len(packed), -1)
+            pairs = self._stored.get_tensor(f"{name}.scales_zeros")  # [rows, columns / 32, 2]
+            groups = slice(columns.start // GROUP, columns.stop // GROUP)
+            here = slice(rows.start, rows.stop)
+            parts.append((integers[here, columns.start : columns.stop], pairs[here, groups]))
         integers = torch.cat([part[0] for part in parts])
         scales, zeros = torch.cat([part[1] for part in parts]).unbind(2)
         return integers, scales, zeros
-
-    def _slices(self, name: str, rows: int, columns: int) -> tuple[slice, slice]:
-        """This rank's rows and columns of a stored matrix, as `engine.weights` takes them."""
-        assert self._spec is not None, "a folder comes with its spec"
-        size, shard = self._spec.head_dim, self._shard
-        if "o_proj" in name:
-            heads = shard.part(self._spec.query_heads)
-            return slice(0, rows), slice(heads.start * size, heads.stop * size)
-        if "down_proj" in name:
-            part = shard.part(columns)
-            return slice(0, rows), slice(part.start, part.stop)
-        if "k_proj" in name or "v_proj" in name:
-            heads = shard.kv_part(self._spec.kv_heads)
-            return slice(heads.start * size, heads.stop * size), slice(0, columns)
-        part = shard.part(rows)
-        return slice(part.start, part.stop), slice(0, columns)
 
 
 PLAIN = Linears()

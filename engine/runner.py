@@ -68,7 +68,7 @@ class Runner:
         weights = load_weights(folder, spec, kind, place)
         blocks = kv.blocks or blocks_that_fit(spec, stored, block_size, kv_bytes(kv, place))
         cache = PagedKvCache(spec, blocks, block_size, kind, place, stored)
-        return cls(spec, weights, cache, Linears(quantize, folder, spec))
+        return cls(spec, weights, cache, Linears(quantize, folder, weights.kept))
 
     @torch.inference_mode()
     def step(

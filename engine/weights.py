@@ -7,7 +7,8 @@ layer has experts. A rank of a tensor-parallel group reads its own slice and not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from baton.model.folder import weight_files
 from baton.model.spec import ModelSpec
 from engine.shard import WHOLE, Shard, rank_spec
 from engine.weight_stream import Placement, fill
+
+Kept = tuple[range, range]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class ModelWeights:
     layers: list[LayerWeights]
     norm: torch.Tensor  # [hidden]
     head: torch.Tensor  # [vocabulary, hidden]
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """The rows and columns of each stored tensor that are here."""
 
 
 def load_weights(
@@ -70,6 +75,7 @@ def load_weights(
         head=embedding
         if spec.tied_embeddings
         else plan.whole("lm_head.weight", spec.vocabulary_size, spec.hidden_size),
+        kept={part.name: (part.rows, part.columns) for part in plan.placements},
     )
     fill(folder, files, plan.placements)
     return weights

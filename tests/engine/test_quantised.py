@@ -101,8 +101,8 @@ def test_an_imported_file_multiplies_by_its_own_integers(tmp_path: Path, shard: 
     config = family_config("llama2") | {"head_dim": 32, "hidden_size": 64}
     folder = imported(tmp_path, config, quantised(GGMLQuantizationType.Q4_1))
     spec = load_spec(folder)
-    linears = Linears("int4", folder, spec, shard)
-    layer = load_weights(folder, spec, torch.float32, torch.device("cpu"), shard).layers[0]
+    weights = load_weights(folder, spec, torch.float32, torch.device("cpu"), shard)
+    linears, layer = Linears("int4", folder, weights.kept), weights.layers[0]
     for name, weight in (
         (Matrix.QKV, layer.qkv),
         (Matrix.OUTPUT, layer.output),
