@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from baton.errors import BatonError
 from baton.ids import Ticket
-from baton.sampling import FinishReason, SamplingParams, StopParams
+from baton.leg_events import Cancel, CancelHandOff, Fail, Finish, Released, StepFailed
+from baton.sampling import SamplingParams, StopParams
 
 # What happens.
 
@@ -41,14 +42,6 @@ class HandOffEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
-    """The router wants this leg no more."""
-
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
 class StepDone:
     """The running step has ended; the tokens chosen for each of its rows, in order.
 
@@ -57,13 +50,6 @@ class StepDone:
     """
 
     token_ids: Mapping[Ticket, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class StepFailed:
-    """The running step raised."""
-
-    error: BatonError
 
 
 Event = Arrive | Committed | HandOffEnded | Cancel | StepDone | StepFailed
@@ -82,12 +68,6 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True)
-class CancelHandOff:
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
 class Transferred:
     """Tell the router that the KV has been committed."""
 
@@ -102,27 +82,6 @@ class Token:
     ticket: Ticket
     index: int
     token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Tell the router that the answer is whole."""
-
-    ticket: Ticket
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """Tell the router that this leg holds nothing any more. Its last action."""
-
-    ticket: Ticket
 
 
 Action = Reserve | CancelHandOff | Transferred | Token | Finish | Fail | Released

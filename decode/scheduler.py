@@ -30,23 +30,18 @@ from enum import Enum, auto
 from baton.block_hash import BlockChain, BlockHash
 from baton.errors import BatonError, DeadlineExceeded, Overloaded
 from baton.ids import Ticket
+from baton.leg_events import Cancel, CancelHandOff, Fail, Finish, Released, StepFailed
 from baton.sampling import FinishReason, SamplingParams, StopParams
 from decode.events import (
     Action,
     Arrive,
-    Cancel,
-    CancelHandOff,
     Committed,
     Event,
-    Fail,
-    Finish,
     HandOffEnded,
-    Released,
     Reserve,
     Row,
     Step,
     StepDone,
-    StepFailed,
     Token,
     Transferred,
 )

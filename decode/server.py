@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc.aio
 import structlog
 
+from baton import leg_events as leg
 from baton.cache_events import CacheNews
 from baton.config import Config
 from baton.errors import BatonError, EngineFailed, LinkLost
@@ -157,7 +158,7 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
         )
 
     def _cancel(self, ticket: Ticket, error: BatonError) -> None:
-        self._perform(self._scheduler.handle(ev.Cancel(ticket, error)))
+        self._perform(self._scheduler.handle(leg.Cancel(ticket, error)))
 
     def _committed(self, ticket: Ticket, first_token_id: int) -> None:
         self._counters["transfers_committed"] += 1
@@ -176,7 +177,7 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
             match action:
                 case ev.Reserve(_, prompt_tokens, block_table, deadline):
                     self._incoming.reserve(ticket, prompt_tokens, block_table, deadline)
-                case ev.CancelHandOff(error=error):
+                case leg.CancelHandOff(error=error):
                     self._incoming.cancel(ticket, error)
                 case ev.Transferred(prompt_tokens=prompt_tokens):
                     kv_bytes = self._layout.prompt_bytes(prompt_tokens)
@@ -185,12 +186,12 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
                 case ev.Token(index=index, token_id=token_id):
                     self._counters["tokens"] += 1
                     self._legs.token(ticket, index, token_id)
-                case ev.Finish(reason=reason):
+                case leg.Finish(reason=reason):
                     self._legs.finished(ticket, reason)
-                case ev.Fail(error=error):
+                case leg.Fail(error=error):
                     log.warning("leg failed", request_id=ticket.request_id, why=error.message)
                     self._legs.failed(ticket, error)
-                case ev.Released():
+                case leg.Released():
                     self._stepper.forget([ticket])
                     self._legs.released(ticket)
         self._work.set()
@@ -215,7 +216,7 @@ class DecodeNode(node_pb2_grpc.DecodeServicer):
                 event = ev.StepDone(token_ids)
             except Exception as error:
                 log.exception("step failed", rows=len(step.rows))
-                event = ev.StepFailed(EngineFailed(f"the step failed: {error}"))
+                event = leg.StepFailed(EngineFailed(f"the step failed: {error}"))
             self._perform(self._scheduler.handle(event))
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from baton.errors import BatonError
 from baton.ids import Ticket
-from baton.sampling import FinishReason, StopParams
+from baton.leg_events import Cancel, CancelHandOff, Fail, Finish, Released, StepFailed
+from baton.sampling import StopParams
 
 # What happens.
 
@@ -25,26 +26,11 @@ class Arrive:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
-    """The router wants this leg no more."""
-
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
 class StepDone:
     """The running step has ended; the token chosen for each chunk that ends its prompt."""
 
     token_ids: Mapping[Ticket, int]
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepFailed:
-    """The running step raised."""
-
-    error: BatonError
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,40 +64,11 @@ class EndHandOff:
 
 
 @dataclass(frozen=True, slots=True)
-class CancelHandOff:
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
 class Token:
     """Tell the router the answer's first token."""
 
     ticket: Ticket
     token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Tell the router that the answer is whole without a decode node."""
-
-    ticket: Ticket
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """Tell the router that this leg cannot go on."""
-
-    ticket: Ticket
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """Tell the router that this leg holds nothing any more. Its last action."""
-
-    ticket: Ticket
 
 
 Action = BeginHandOff | EndHandOff | CancelHandOff | Token | Finish | Fail | Released

@@ -26,23 +26,18 @@ from enum import Enum, auto
 from baton.block_hash import BlockHash, chain_of
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Overloaded
 from baton.ids import Ticket
+from baton.leg_events import Cancel, CancelHandOff, Fail, Finish, Released, StepFailed
 from baton.sampling import FinishReason, StopParams
 from engine.block_pool import BlockPool, blocks_for
 from prefill.events import (
     Action,
     Arrive,
     BeginHandOff,
-    Cancel,
-    CancelHandOff,
     Chunk,
     EndHandOff,
     Event,
-    Fail,
-    Finish,
     HandOffEnded,
-    Released,
     StepDone,
-    StepFailed,
     Token,
 )
 

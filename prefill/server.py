@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import grpc.aio
 import structlog
 
+from baton import leg_events as leg
 from baton.cache_events import CacheNews
 from baton.config import Config
 from baton.errors import BatonError, EngineFailed
@@ -153,7 +154,7 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
         self._handle(ev.Arrive(ticket, token_ids, stop, due, deadline, command.cache_salt))
 
     def _cancel(self, ticket: Ticket, error: BatonError) -> None:
-        self._handle(ev.Cancel(ticket, error))
+        self._handle(leg.Cancel(ticket, error))
 
     def _hand_off_ended(self, ticket: Ticket, error: BatonError | None) -> None:
         self._counters["transfers_committed" if error is None else "transfers_failed"] += 1
@@ -181,16 +182,16 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
                     self._announce_cached(ticket, cached_tokens)
                 case ev.EndHandOff(first_token_id=first_token_id):
                     self._outgoing.computed(ticket, first_token_id)
-                case ev.CancelHandOff(error=error):
+                case leg.CancelHandOff(error=error):
                     self._outgoing.cancel(ticket, error)
                 case ev.Token(token_id=token_id):
                     self._legs.token(ticket, 0, token_id)
-                case ev.Finish(reason=reason):
+                case leg.Finish(reason=reason):
                     self._legs.finished(ticket, reason)
-                case ev.Fail(error=error):
+                case leg.Fail(error=error):
                     log.warning("leg failed", request_id=ticket.request_id, why=error.message)
                     self._legs.failed(ticket, error)
-                case ev.Released():
+                case leg.Released():
                     del self._prompts[ticket]
                     self._legs.released(ticket)
         self._work.set()
@@ -222,7 +223,7 @@ class PrefillNode(node_pb2_grpc.PrefillServicer):
                 event = ev.StepDone(token_ids, self._loop.time() - begun)
             except Exception as error:
                 log.exception("step failed", request_ids=[c.ticket.request_id for c in chunks])
-                event = ev.StepFailed(EngineFailed(f"the step failed: {error}"))
+                event = leg.StepFailed(EngineFailed(f"the step failed: {error}"))
             self._counters["prompt_tokens"] += sum(c.stop - c.start for c in chunks)
             self._handle(event)
 

@@ -12,14 +12,12 @@ from zlib import crc32
 import pytest
 
 from baton.ids import Ticket
+from baton.leg_events import Fail, Finish, Released
 from baton.sampling import SamplingParams, StopParams
 from decode.events import (
     Action,
     Arrive,
     Committed,
-    Fail,
-    Finish,
-    Released,
     Reserve,
     Row,
     StepDone,

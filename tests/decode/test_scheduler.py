@@ -11,23 +11,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from baton.errors import Cancelled, EngineFailed, LinkLost
 from baton.ids import Ticket
+from baton.leg_events import Cancel, CancelHandOff, Fail, Finish, Released, StepFailed
 from baton.sampling import FinishReason, SamplingParams, StopParams
 from decode.events import (
     Action,
     Arrive,
-    Cancel,
-    CancelHandOff,
     Committed,
     Event,
-    Fail,
-    Finish,
     HandOffEnded,
-    Released,
     Reserve,
     Row,
     Step,
     StepDone,
-    StepFailed,
     Token,
     Transferred,
 )

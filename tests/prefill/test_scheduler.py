@@ -11,23 +11,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from baton.errors import Cancelled, EngineFailed, LinkLost
 from baton.ids import Ticket
+from baton.leg_events import Cancel, CancelHandOff, Fail, Finish, Released, StepFailed
 from baton.sampling import FinishReason, StopParams
 from engine.block_pool import BlockPool
 from prefill.events import (
     Action,
     Arrive,
     BeginHandOff,
-    Cancel,
-    CancelHandOff,
     Chunk,
     EndHandOff,
     Event,
-    Fail,
-    Finish,
     HandOffEnded,
-    Released,
     StepDone,
-    StepFailed,
     Token,
 )
 from prefill.scheduler import LegState, Limits, PrefillScheduler
