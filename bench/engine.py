@@ -22,6 +22,7 @@ from baton.model.cache import cache_folder
 from baton.model.catalog import DEFAULT_MODEL, locate, locate_gguf
 from baton.model.spec import ModelSpec, load_spec
 from bench.gguf_file import make_bf16
+from bench.report import write_section
 from bench.rounds import Measurement, Running, Subject, SubjectFailed, measure
 from engine.accounting import step_work
 from engine.segments import Segment
@@ -30,6 +31,7 @@ PREFILL_TOKENS = (512, 2048)
 DECODE_BATCHES = (1, 8, 16, 32)
 CONTEXT, STEPS = 64, 32
 GOALS = {"prefill": 1.0, "decode 1": 1.0, "decode": 1.2}
+TITLE = "## The engine"
 HAND_WRITTEN = "### What bounds it"
 
 
@@ -232,15 +234,11 @@ def as_table(report: dict[str, Any]) -> str:
 
 
 def write_report(file: Path, report: dict[str, Any]) -> None:
-    """Write the document; what a person wrote in `file` below the figures stays."""
-    text = as_document(report)
-    old = file.read_text("utf-8") if file.exists() else ""
-    if HAND_WRITTEN in old:
-        text += "\n" + old[old.index(HAND_WRITTEN) :]
-    file.write_text(text, "utf-8")
+    """Write the section; what a person wrote below its figures stays."""
+    write_section(file, TITLE, as_section(report), keep_from=HAND_WRITTEN)
 
 
-def as_document(report: dict[str, Any]) -> str:
+def as_section(report: dict[str, Any]) -> str:
     """The table with what it takes to read it and to make it again."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     memory = {
@@ -251,11 +249,7 @@ def as_document(report: dict[str, Any]) -> str:
     }
     peaks = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items())
     command = f"baton bench engine --rounds {report['rounds']} --dtype {report['dtype']}"
-    return f"""# Benchmarks
-
-## The engine
-
-`{command} --report docs/benchmarks.md`
+    return f"""`{command} --report docs/benchmarks.md`
 
 Tokens per second of the default model, SmolLM2-135M-Instruct, with the same weights, precision,
 threads and prompts. One subject works while the others are stopped; each figure is the median of
