@@ -53,7 +53,7 @@ class Config(BaseModel):
         "float32", "dtype of weights and of what is computed", _NODES
     )
     quantize: Literal["none", "int8", "int4"] = _option(
-        "none", "bits of the weights: int8 and int4 make decode nodes smaller and faster", _NODES
+        "none", "integers that weights are rounded to at load: less memory, not less time", _NODES
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _option(
         "auto", "dtype of the KV cache; int8 has a scale for each token and head", _NODES

@@ -129,7 +129,9 @@ def as_table(report: dict[str, Any]) -> str:
 def as_section(report: dict[str, Any]) -> str:
     return f"""`baton bench perplexity --report docs/benchmarks.md`
 
-Of {report["model"]} on {report["tokens"]} tokens of `bench/data/prose.txt`, in windows of {WINDOW}.
+Of {report["model"]} on {report["tokens"]} tokens of `bench/data/prose.txt`, in windows of {WINDOW},
+{WINDOW // 2} tokens a step: quantised weights go the way of many rows, which steps of few
+sequences do not.
 
 {as_table(report)}
 """
